@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every sentence our processes can say to one another, over NATS."""

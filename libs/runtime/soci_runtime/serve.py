@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each service runs: flags, log, traces, event loop, signals and readiness, the same for all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from soci.errors import SociError
+from soci_runtime.config import Config, load_config
+from soci_runtime.logs import configure_logs, log
+from soci_runtime.tracing import configure_tracing, stop_tracing
+
+
+class Process:
+    """This process as its service sees it: it says that it is ready, and waits until it is to stop."""
+
+    def __init__(self) -> None:
+        self.stopping = asyncio.Event()
+        self.signal: signal.Signals | None = None  # the one that asked us to stop
+
+    def ready(self, **facts: Any) -> None:
+        """Tell log and systemd (sd_notify(3)) that the service serves."""
+        log.info("ready", **facts)
+        notify("READY=1")
+
+    def stop(self, number: signal.Signals) -> None:
+        """Ask the service to end; a second signal changes nothing."""
+        if not self.stopping.is_set():
+            self.signal = number
+            log.info("stopping", signal=number.name)
+            notify("STOPPING=1")
+            self.stopping.set()
+
+
+Service = Callable[[Config, Process], Awaitable[None]]
+
+
+def notify(state: str) -> None:
+    """Send ``state`` to systemd's socket, where there is one; an abstract name begins with ``@``."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] not in {"/", "@"}:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        try:
+            channel.connect("\0" + address[1:] if address[0] == "@" else address)
+            channel.sendall(state.encode())
+        except OSError as error:
+            log.warning("systemd was not told", state=state, error=error)
+
+
+async def _run(config: Config, service: Service) -> None:
+    process = Process()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, process.stop, number)
+    await service(config, process)
+
+
+def trouble(what: str, error: BaseException | None) -> None:
+    """The ``trouble`` seam of `soci_bus`, as log lines."""
+    log.warning(what, error=error, **({"exc_info": error} if isinstance(error, (TypeError, AttributeError)) else {}))
+
+
+def serve(name: str, config: Config, service: Service) -> int:
+    """Run ``service`` until it returns; the exit status is 0, or 1 after an error, which is logged."""
+    configure_logs(config.log_level, name)
+    configure_tracing(name, config.node)
+    try:
+        with asyncio.Runner(loop_factory=_loop) as runner:
+            runner.run(_run(config, service))
+    except SociError as error:
+        log.error("cannot go on", error=error)
+        return 1
+    except BaseExceptionGroup as group:
+        log.error("failed", error=group, exc_info=group)
+        return 1
+    finally:
+        stop_tracing()
+    return 0
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    import uvloop  # noqa: PLC0415  not for those who only read the configuration
+
+    return uvloop.new_event_loop()
+
+
+def service_command(name: str, service: Service, *, address: bool = False) -> click.Command:
+    """The command line of a service: the flags that all have, and what they set."""
+
+    @click.command(name, context_settings={"help_option_names": ["-h", "--help"]})
+    @click.option("--config", "file", type=click.Path(path_type=Path), help="configuration file (TOML)")
+    @click.option("--root", type=click.Path(path_type=Path), help="folder of all state")
+    @click.option("--nats-url", help="NATS server, e.g. nats://127.0.0.1:4222")
+    @click.option("--node", help="this node's name on the bus; default: the host's name")
+    @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
+    @click.version_option(package_name="sociable", message=f"{name} %(version)s")
+    def command(file: Path | None, **flags: Any) -> None:
+        try:
+            config = load_config(file, flags)
+        except SociError as error:
+            click.echo(f"{name}: {error}", err=True)
+            sys.exit(1)
+        sys.exit(serve(name, config, service))
+
+    if address:
+        command.params.append(click.Option(["--address"], help="socket on which containerd finds us"))
+    return command

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building a layer's zTOC while its blob goes by, once.
+
+Checkpoints, table of contents, span digests, and the digests of the blob and of its tar come out of the same pass, so
+a layer can be indexed as it is being pulled, and never has to be on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+from soci.checkpoint import GzipCheckpoints
+from soci.digest import Digest
+from soci.errors import InvalidInput, LimitExceeded
+from soci.tar import TarWalker
+from soci.toc import VERSION, Algorithm, Ztoc
+from soci.zinfo import MAX_SPANS, TarZinfo, encode_tar_zinfo
+from soci.ztoc_encode import encode_ztoc
+
+DEFAULT_SPAN_SIZE: Final = 1 << 22
+"""Bytes of the tar from one checkpoint to the next, at least."""
+DEFAULT_BUILD_TOOL: Final = "AWS SOCI CLI v0.2"
+"""What a zTOC says it was built by. It is part of the bytes: with this word they are those that other builders make."""
+PIECE_BYTES: Final = 1 << 20
+"""Bytes of the blob worked on at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What one pass over a layer's blob found out."""
+
+    ztoc_bytes: bytes
+    ztoc: Ztoc
+    layer: Digest  # of the blob
+    layer_size: int  # bytes of the blob
+    diff_id: Digest  # of the tar, padding included
+
+
+class ZtocBuilder:
+    """Takes a layer's blob in pieces of any size and gives its zTOC; pieces do not change the result.
+
+    ``span_size`` is in bytes of the tar. A gzip layer's spans are longer, up to the next deflate block; 0 makes one a
+    block. ``compat`` builds zTOCs of sparse members too, as other builders do; no reader of zTOCs can serve them.
+
+    Times are written in UTC, always. Raises `InvalidGzip`, `InvalidTar`, `Unsupported` (a sparse member, or no libz),
+    `LimitExceeded`; after that, the builder is of no more use.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        span_size: int = DEFAULT_SPAN_SIZE,
+        build_tool: str = DEFAULT_BUILD_TOOL,
+        *,
+        compat: bool = False,
+    ) -> None:
+        if algorithm not in ("gzip", "uncompressed"):
+            raise InvalidInput(f"no zTOC for compression {algorithm!r}")
+        self._algorithm = algorithm
+        self._build_tool = build_tool
+        self._walker = TarWalker(compat=compat)
+        self._layer = hashlib.sha256()
+        self._layer_size = 0
+        self._way: _Gzip | _Plain
+        self._way = _Gzip(span_size, self._walker) if algorithm == "gzip" else _Plain(span_size, self._walker)
+
+    def feed(self, chunk: bytes | bytearray | memoryview) -> None:
+        """Take the next bytes of the blob."""
+        view = memoryview(chunk).cast("B")
+        for start in range(0, len(view), PIECE_BYTES):
+            piece = bytes(view[start : start + PIECE_BYTES])
+            self._layer.update(piece)
+            self._layer_size += len(piece)
+            self._way.feed(piece)
+
+    def finish(self) -> Built:
+        """The zTOC of what was fed. Raises `InvalidGzip` or `InvalidTar` where the blob was cut short."""
+        checkpoints, digests = self._way.finish(self._layer_size)
+        ztoc = Ztoc(
+            version=VERSION,
+            build_tool=self._build_tool,
+            compressed_size=self._layer_size,
+            uncompressed_size=self._walker.finish(),
+            entries=tuple(self._walker.entries),
+            algorithm=self._algorithm,
+            max_span_id=len(digests) - 1,
+            span_digests=tuple(digests),
+            checkpoints=checkpoints,
+        )
+        layer = _digest(self._layer)
+        diff_id = _digest(self._way.tar) if isinstance(self._way, _Gzip) else layer
+        return Built(encode_ztoc(ztoc), ztoc, layer, self._layer_size, diff_id)
+
+
+class _Gzip:
+    """Spans of a gzip layer: a checkpoint opens one, and closes the one before."""
+
+    def __init__(self, span_size: int, walker: TarWalker) -> None:
+        self.tar = hashlib.sha256()
+        self._checkpoints = GzipCheckpoints(span_size)
+        self._walker = walker
+        self._digests: list[str] = []
+        self._span = hashlib.sha256()
+        self._open = False  # before the first checkpoint: the gzip header is in no span
+        self._size = 0
+        self._last = b""  # the byte before the current piece
+
+    def feed(self, piece: bytes) -> None:
+        points = self._checkpoints.points
+        known = len(points)
+        self._checkpoints.feed(piece, self._take)
+        at = 0
+        for into, _, bits in points[known:]:
+            cut = into - self._size
+            self._close(piece[at:cut])
+            self._span = hashlib.sha256()
+            self._open = True
+            if bits:  # the span's first bits are in the byte before, which also belongs to the span that just ended
+                self._span.update(piece[cut - 1 : cut] if cut else self._last)
+            at = cut
+        if self._open:
+            self._span.update(piece[at:])
+        self._size += len(piece)
+        self._last = piece[-1:]
+
+    def finish(self, _size: int) -> tuple[bytes, list[str]]:
+        checkpoints = self._checkpoints.finish()
+        self._close(b"")
+        return checkpoints, self._digests
+
+    def _close(self, rest: bytes) -> None:
+        if self._open:
+            self._span.update(rest)
+            self._digests.append(_digest(self._span))
+
+    def _take(self, out: memoryview) -> None:
+        self.tar.update(out)
+        self._walker.feed(out)
+
+
+class _Plain:
+    """Spans of a plain tar: one every ``span_size`` bytes."""
+
+    def __init__(self, span_size: int, walker: TarWalker) -> None:
+        if not 1 <= span_size < 1 << 63:
+            raise InvalidInput(f"span size {span_size}: a plain tar needs one of at least 1 byte")
+        self._span_size = span_size
+        self._walker = walker
+        self._digests: list[str] = []
+        self._span = hashlib.sha256()
+        self._left = span_size
+
+    def feed(self, piece: bytes) -> None:
+        self._walker.feed(piece)
+        view = memoryview(piece)
+        while view:
+            part, view = view[: self._left], view[self._left :]
+            self._span.update(part)
+            self._left -= len(part)
+            if not self._left:
+                self._close()
+
+    def finish(self, size: int) -> tuple[bytes, list[str]]:
+        if self._left < self._span_size:
+            self._close()
+        return encode_tar_zinfo(TarZinfo(self._span_size, size)), self._digests
+
+    def _close(self) -> None:
+        if len(self._digests) >= MAX_SPANS:
+            raise LimitExceeded(f"more than {MAX_SPANS} spans: a larger span size makes fewer (MAX_SPANS)")
+        self._digests.append(_digest(self._span))
+        self._span = hashlib.sha256()
+        self._left = self._span_size
+
+
+def _digest(state: hashlib._Hash) -> Digest:
+    return Digest("sha256:" + state.hexdigest())

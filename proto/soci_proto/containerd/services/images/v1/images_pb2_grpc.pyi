@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Sequence
+from typing import Any
+
+import google.protobuf.empty_pb2
+import grpc.aio
+import soci_proto.containerd.services.images.v1.images_pb2
+
+class ImagesStub:
+    def __init__(self, channel: grpc.aio.Channel) -> None: ...
+    def Get(
+        self, request: soci_proto.containerd.services.images.v1.images_pb2.GetImageRequest, /, *, timeout: float | None = None,
+        metadata: Sequence[tuple[str, str]] | None = None, wait_for_ready: bool | None = None,
+    ) -> Awaitable[soci_proto.containerd.services.images.v1.images_pb2.GetImageResponse]: ...
+    def List(
+        self, request: soci_proto.containerd.services.images.v1.images_pb2.ListImagesRequest, /, *, timeout: float | None = None,
+        metadata: Sequence[tuple[str, str]] | None = None, wait_for_ready: bool | None = None,
+    ) -> Awaitable[soci_proto.containerd.services.images.v1.images_pb2.ListImagesResponse]: ...
+    def Create(
+        self, request: soci_proto.containerd.services.images.v1.images_pb2.CreateImageRequest, /, *, timeout: float | None = None,
+        metadata: Sequence[tuple[str, str]] | None = None, wait_for_ready: bool | None = None,
+    ) -> Awaitable[soci_proto.containerd.services.images.v1.images_pb2.CreateImageResponse]: ...
+    def Update(
+        self, request: soci_proto.containerd.services.images.v1.images_pb2.UpdateImageRequest, /, *, timeout: float | None = None,
+        metadata: Sequence[tuple[str, str]] | None = None, wait_for_ready: bool | None = None,
+    ) -> Awaitable[soci_proto.containerd.services.images.v1.images_pb2.UpdateImageResponse]: ...
+    def Delete(
+        self, request: soci_proto.containerd.services.images.v1.images_pb2.DeleteImageRequest, /, *, timeout: float | None = None,
+        metadata: Sequence[tuple[str, str]] | None = None, wait_for_ready: bool | None = None,
+    ) -> Awaitable[google.protobuf.empty_pb2.Empty]: ...
+
+class ImagesServicer:
+    async def Get(self, request: soci_proto.containerd.services.images.v1.images_pb2.GetImageRequest, context: Any) -> soci_proto.containerd.services.images.v1.images_pb2.GetImageResponse: ...
+    async def List(self, request: soci_proto.containerd.services.images.v1.images_pb2.ListImagesRequest, context: Any) -> soci_proto.containerd.services.images.v1.images_pb2.ListImagesResponse: ...
+    async def Create(self, request: soci_proto.containerd.services.images.v1.images_pb2.CreateImageRequest, context: Any) -> soci_proto.containerd.services.images.v1.images_pb2.CreateImageResponse: ...
+    async def Update(self, request: soci_proto.containerd.services.images.v1.images_pb2.UpdateImageRequest, context: Any) -> soci_proto.containerd.services.images.v1.images_pb2.UpdateImageResponse: ...
+    async def Delete(self, request: soci_proto.containerd.services.images.v1.images_pb2.DeleteImageRequest, context: Any) -> google.protobuf.empty_pb2.Empty: ...
+
+def add_ImagesServicer_to_server(servicer: ImagesServicer, server: Any) -> None: ...

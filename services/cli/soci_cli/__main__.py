@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``soci``: global flags, the verbs, and what the shell gets to see of errors.
+
+Verbs are imported when they are used, so that ``soci --version`` and ``soci --help`` answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any, Final, NoReturn
+
+import click
+
+from soci.errors import SociError
+from soci_cli.border import INTERRUPTED, say_error
+from soci_cli.values import (
+    COMPATIBLE_VERSION,
+    DEFAULT_ADDRESS,
+    DEFAULT_NAMESPACE,
+    DEFAULT_NATS,
+    VERSION,
+    Globals,
+    parse_duration,
+)
+
+VERBS: Final = {
+    "pull": ("soci_cli.pull", "Pull an image lazily."),
+    "run": ("soci_cli.run", "Run a command in a container from an image."),
+    "index": ("soci_cli.index", "Build SOCI indexes."),
+    "launch": ("soci_cli.launch", "See how images were launched."),
+}
+"""Verb → the module whose ``command`` it is, and its line in the help."""
+
+
+class LazyGroup(click.Group):
+    """A group whose verbs are modules, imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """The verbs in their order."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Import the verb's module."""
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(VERBS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """The verbs' lines, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+
+def _duration(_context: click.Context, _parameter: click.Parameter, value: str) -> float:
+    return parse_duration(value)
+
+
+def _print_version(context: click.Context, _parameter: click.Parameter, value: Any) -> None:
+    if value and not context.resilient_parsing:
+        print(f"soci version {COMPATIBLE_VERSION} (sociable {VERSION})")
+        context.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--address",
+    "-a",
+    envvar="CONTAINERD_ADDRESS",
+    default=DEFAULT_ADDRESS,
+    show_default=True,
+    help="containerd's socket.",
+)
+@click.option(
+    "--namespace",
+    "-n",
+    envvar="CONTAINERD_NAMESPACE",
+    default=DEFAULT_NAMESPACE,
+    show_default=True,
+    help="containerd's namespace.",
+)
+@click.option(
+    "--timeout", default="0", callback=_duration, help="End the command after this time (30, 1m30s); 0 is never."
+)
+@click.option("--nats-url", envvar="NATS_URL", default=DEFAULT_NATS, show_default=True, help="The bus.")
+@click.option("--node", default="", help="The node whose services are asked; default: this host's name.")
+@click.option("--debug", is_flag=True, help="Show where an error came from.")
+@click.option(
+    "--version",
+    "-v",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version.",
+)
+@click.pass_context
+def cli(  # noqa: PLR0913  one parameter a flag
+    context: click.Context, *, address: str, namespace: str, timeout: float, nats_url: str, node: str, debug: bool
+) -> None:
+    """Start containers before their images arrive."""
+    context.obj = Globals(address, namespace, timeout, debug, nats_url, node or socket.gethostname())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; the answer is the exit code: 1 for errors, 2 for misuse, else what the verb says."""
+    debug = "--debug" in arguments
+    try:
+        result = cli.main(args=list(arguments), prog_name="soci", standalone_mode=False)
+    except click.ClickException as error:
+        print(f"soci: {error.format_message()}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except SociError as error:
+        return say_error(error, debug=debug)
+    except BrokenPipeError:
+        # Nobody reads us any more; keep the interpreter from failing again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+def main() -> NoReturn:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``soci-fetcher``: wires the registry, the span cache and the bus."""
+
+from __future__ import annotations
+
+from soci_bus.asks import FetchLayer, FetchSpans, FindIndex, PrepareLayer, ReadImageConfig
+from soci_bus.nats import connect
+from soci_cache import LayerStore
+from soci_fetcher.finder import Finder
+from soci_fetcher.layers import LayerFetcher
+from soci_fetcher.spans import SpanFetcher
+from soci_registry import DockerConfig, Registry, RegistrySettings
+from soci_runtime.config import Config
+from soci_runtime.serve import Process, service_command, trouble
+
+QUEUE = "fetchers"
+"""The queue group: any number of fetchers of a node share its asks."""
+
+
+async def run(config: Config, process: Process) -> None:
+    """Serve until told to stop; on the way out nothing new is taken and what was taken is finished."""
+    settings = RegistrySettings(plain_http=frozenset(config.plain_http))
+    async with (
+        Registry(settings=settings, credentials=DockerConfig()) as registry,
+        connect(config.nats_url, node=config.node, name="soci-fetcher", trouble=trouble) as bus,
+    ):
+        store = LayerStore(config.cache)
+        spans = SpanFetcher(store, registry, bus.publish, attempts=config.span_attempts)
+        layers = LayerFetcher(store, registry, bus.publish, config.cache / "whole")
+        finder = Finder(registry, v1=config.soci_v1, v2=config.soci_v2, failure_ttl=config.index_failure_ttl)
+        await bus.serve(FindIndex, finder.find, queue=QUEUE)
+        await bus.serve(PrepareLayer, layers.prepare, queue=QUEUE)
+        await bus.serve(FetchSpans, spans.fetch, queue=QUEUE)
+        await bus.serve(FetchLayer, layers.fetch, queue=QUEUE)
+        await bus.serve(ReadImageConfig, layers.read_config, queue=QUEUE)
+        process.ready(node=config.node, cache=str(config.cache))
+        await process.stopping.wait()
+
+
+main = service_command("soci-fetcher", run)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The indexer: the builder's door. It makes SOCI indexes, straight from the registry and back to it."""

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where each member's tar header is, and whether it says what the table of contents says.
+
+The table of contents says which bytes are a file's. Before a file's bytes are served for the first time, the tar
+header right before them is compared with its entry: content under a wrong name would be a wrong byte, too.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from soci.errors import Mismatch, SociError
+from soci.tar import BLOCK, MAX_PAYLOAD_BYTES, TarWalker
+from soci.toc import TocEntry
+from soci.toc_time import parse_rfc3339_ns
+
+HEADER_LIMIT = 4 * MAX_PAYLOAD_BYTES
+"""Bytes of one member's header: extended records, long name and long link target, and their blocks."""
+_XATTR_RECORD = b"SCHILY.xattr."
+
+
+class Headers:
+    """The headers of one layer's members."""
+
+    def __init__(self, entries: Sequence[TocEntry]) -> None:
+        self._entries = entries
+        self._offsets = array("q", [entry.offset for entry in entries])
+
+    @classmethod
+    def of(cls, entries: Sequence[TocEntry]) -> Headers:
+        """For a layer's members in tar order."""
+        return cls(entries)
+
+    def place(self, data_offset: int) -> tuple[int, int]:
+        """``(start, end)`` in the uncompressed tar of the header of the member whose data is at ``data_offset``.
+
+        A zTOC does not record it: it begins where the member before ends, rounded up to a block.
+        """
+        index = self._index(data_offset)
+        start = 0
+        if index:
+            before = self._entries[index - 1]
+            start = -(-(before.offset + before.size) // BLOCK) * BLOCK
+        if not BLOCK <= data_offset - start <= HEADER_LIMIT:
+            raise Mismatch(f"a tar header of {data_offset - start} bytes before {data_offset}")
+        return start, data_offset
+
+    def check(self, data_offset: int, header: bytes) -> None:
+        """Compare the header of the member whose data is at ``data_offset`` with its entry; raises `Mismatch`."""
+        promised = self._entries[self._index(data_offset)]
+        walker = TarWalker(compat=True)
+        try:
+            walker.feed(header)
+        except SociError as error:
+            raise Mismatch(f"the tar header of {promised.name[:200]!r} does not parse: {error}") from error
+        if len(walker.entries) != 1 or walker.entries[0].offset != len(header):
+            raise Mismatch(f"the {len(header)} bytes before {promised.name[:200]!r} are not its tar header")
+        wanted, found = _facts(promised), _facts(walker.entries[0])
+        differing = [key for key, value in wanted.items() if found[key] != value]
+        if differing:
+            raise Mismatch(f"the tar header of {promised.name[:200]!r} has another {', '.join(differing)}")
+
+    def _index(self, data_offset: int) -> int:
+        index = bisect_left(self._offsets, data_offset)
+        if index == len(self._offsets) or self._offsets[index] != data_offset:
+            raise Mismatch(f"no member of the layer has its data at {data_offset}")
+        return index
+
+
+def _facts(entry: TocEntry) -> dict[str, object]:
+    """What a header and its entry must agree on. Type bits inside the mode field mean nothing."""
+    return {
+        "name": entry.name,
+        "type": entry.type,
+        "size": entry.size,
+        "link target": entry.linkname,
+        "mode": entry.mode & 0o7777,
+        "owner": (entry.uid, entry.gid),
+        "device": (entry.devmajor, entry.devminor),
+        "mtime": parse_rfc3339_ns(entry.mod_time),
+        "xattrs": {key: value for key, value in entry.pax.items() if key.startswith(_XATTR_RECORD)},
+    }

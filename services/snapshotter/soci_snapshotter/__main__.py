@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``soci-snapshotter-grpc``: wires containerd's socket, the database, and the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from soci.errors import FailedPrecondition, SociError
+from soci_bus.nats import NatsBus, connect
+from soci_runtime.config import Config
+from soci_runtime.logs import log
+from soci_runtime.serve import Process, service_command, trouble
+from soci_snapshotter.grpc_door import listening
+from soci_snapshotter.layers import Layers
+from soci_snapshotter.mounts import Places, is_lazy
+from soci_snapshotter.outbox import publish_log
+from soci_snapshotter.snapshots import Snapshots
+from soci_snapshotter.store import SnapshotStore
+
+RESTORE_TRIES = 5
+RESTORE_WAIT = 2.0
+"""Tries to show lazy layers again after a start, and seconds between them; later each call that needs one tries."""
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Two snapshotters on one root would undo each other's work: the second ends at once and says so."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise FailedPrecondition(f"another snapshotter runs on {folder}") from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+async def restore(store: SnapshotStore, layers: Layers, thread: ThreadPoolExecutor, bus: NatsBus) -> None:
+    """After a start: show the lazy layers that are gone. Failures are logged; nothing that works waits for this."""
+    loop = asyncio.get_running_loop()
+    await bus.up.wait()
+    for attempt in range(RESTORE_TRIES):
+        lazy = [one for one in await loop.run_in_executor(thread, store.all) if is_lazy(one)]
+        try:
+            chain = [(one, await loop.run_in_executor(thread, store.parents, one)) for one in reversed(lazy)]
+            await layers.check(chain)
+        except SociError as error:
+            log.warning("lazy layers are not all shown yet", attempt=attempt + 1, error=error)
+            await asyncio.sleep(RESTORE_WAIT)
+        else:
+            return
+
+
+async def run(config: Config, process: Process) -> None:
+    """Serve until told to stop."""
+    folder = config.root / "snapshotter"
+    places = Places(folder / "snapshots", config.mounts)
+    places.snapshots.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with only_one(folder), ThreadPoolExecutor(1, "database") as thread:
+        loop = asyncio.get_running_loop()
+        store = await loop.run_in_executor(thread, SnapshotStore, folder / "metadata.db")
+        async with connect(config.nats_url, node=config.node, name="soci-snapshotter", trouble=trouble) as bus:
+            layers = Layers(bus, places, min_layer_size=config.min_layer_size, mount_timeout=config.mount_timeout)
+            snapshots = Snapshots(store, layers, places, bus, thread)
+            async with asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(publish_log(store, bus, thread))
+                restoring = tasks.create_task(restore(store, layers, thread, bus))
+                async with listening(config.address, snapshots):
+                    process.ready(address=config.address, root=str(config.root), node=config.node)
+                    await process.stopping.wait()
+                publishing.cancel()
+                restoring.cancel()
+        await loop.run_in_executor(thread, store.close)
+
+
+main = service_command("soci-snapshotter-grpc", run, address=True)
+
+if __name__ == "__main__":
+    main()

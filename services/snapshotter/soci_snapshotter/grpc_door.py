@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""containerd's snapshots service over gRPC: requests to calls of `Snapshots`, answers and errors back.
+
+Nothing is decided here. Clients branch on the status code alone, so each class of `soci.errors` has one.
+"""
+
+# ruff: noqa: N802, D102 -- methods are named, and described, by the protocol
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from soci import errors
+from soci.errors import InvalidConfig, SociError
+from soci_proto.containerd.services.snapshots.v1 import snapshots_pb2 as pb
+from soci_proto.containerd.services.snapshots.v1 import snapshots_pb2_grpc as rpc
+from soci_proto.containerd.types.mount_pb2 import Mount as MountMessage
+from soci_runtime.logs import log
+from soci_snapshotter.mounts import Mount
+from soci_snapshotter.snapshots import Snapshots
+from soci_snapshotter.state import Snapshot
+
+MESSAGE_LIMIT = 16 << 20
+"""Bytes of a message each way, as containerd has it."""
+LIST_BATCH = 100
+"""Snapshots in one message of List's stream."""
+CONCURRENT_CALLS = 256
+"""Calls answered at a time; gRPC refuses more with RESOURCE_EXHAUSTED."""
+STOP_GRACE = 5.0
+"""Seconds that calls under way get when the service stops."""
+
+_STATUS: tuple[tuple[type[SociError], grpc.StatusCode], ...] = (
+    (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
+    (errors.NotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.InvalidInput, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.FailedPrecondition, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
+    (errors.Unsupported, grpc.StatusCode.UNIMPLEMENTED),
+    (errors.LimitExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+)
+_KINDS = {"view": pb.VIEW, "active": pb.ACTIVE, "committed": pb.COMMITTED}
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+Call = Callable[["SnapshotsDoor", Request, Any], Coroutine[Any, Any, Reply]]
+
+
+def status_of(error: BaseException) -> grpc.StatusCode:
+    """The status by which containerd's clients know this error."""
+    return next((status for cls, status in _STATUS if isinstance(error, cls)), grpc.StatusCode.UNKNOWN)
+
+
+def answered(call: Call[Request, Reply]) -> Call[Request, Reply]:
+    """Every exception of a call becomes a status; a bug is logged with its traceback, too."""
+
+    @wraps(call)
+    async def border(door: SnapshotsDoor, request: Request, context: Any) -> Reply:
+        try:
+            return await call(door, request, context)
+        except SociError as error:
+            if status_of(error) in {grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE}:
+                log.warning("call failed", call=call.__name__, error=error)
+            await context.abort(status_of(error), str(error))
+        except Exception as error:  # noqa: BLE001  a bug must reach the client as a status, not as a dropped call
+            log.exception("call failed", call=call.__name__, error=error)
+            await context.abort(grpc.StatusCode.UNKNOWN, f"{call.__name__}: internal error {type(error).__name__}")
+        raise AssertionError  # abort raises
+
+    return border
+
+
+class SnapshotsDoor(rpc.SnapshotsServicer):
+    """The adapter. Method names are the service's."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
+
+    @answered
+    async def Prepare(self, request: pb.PrepareSnapshotRequest, context: Any) -> pb.PrepareSnapshotResponse:
+        made = await self._snapshots.prepare(request.key, request.parent, dict(request.labels), _namespace(context))
+        return pb.PrepareSnapshotResponse(mounts=_mounts(made))
+
+    @answered
+    async def View(self, request: pb.ViewSnapshotRequest, context: Any) -> pb.ViewSnapshotResponse:  # noqa: ARG002
+        made = await self._snapshots.view(request.key, request.parent, dict(request.labels))
+        return pb.ViewSnapshotResponse(mounts=_mounts(made))
+
+    @answered
+    async def Mounts(self, request: pb.MountsRequest, context: Any) -> pb.MountsResponse:  # noqa: ARG002
+        return pb.MountsResponse(mounts=_mounts(await self._snapshots.mounts(request.key)))
+
+    @answered
+    async def Commit(self, request: pb.CommitSnapshotRequest, context: Any) -> Empty:  # noqa: ARG002
+        await self._snapshots.commit(request.name, request.key, dict(request.labels), request.parent)
+        return Empty()
+
+    @answered
+    async def Remove(self, request: pb.RemoveSnapshotRequest, context: Any) -> Empty:  # noqa: ARG002
+        await self._snapshots.remove(request.key)
+        return Empty()
+
+    @answered
+    async def Stat(self, request: pb.StatSnapshotRequest, context: Any) -> pb.StatSnapshotResponse:  # noqa: ARG002
+        return pb.StatSnapshotResponse(info=_info(await self._snapshots.stat(request.key)))
+
+    @answered
+    async def Update(self, request: pb.UpdateSnapshotRequest, context: Any) -> pb.UpdateSnapshotResponse:  # noqa: ARG002
+        paths = list(request.update_mask.paths)
+        changed = await self._snapshots.update(request.info.name, dict(request.info.labels), paths)
+        return pb.UpdateSnapshotResponse(info=_info(changed))
+
+    async def List(self, request: pb.ListSnapshotsRequest, context: Any) -> AsyncIterator[pb.ListSnapshotsResponse]:
+        found = await self._list(request, context)
+        for start in range(0, len(found), LIST_BATCH):
+            batch = found[start : start + LIST_BATCH]
+            yield pb.ListSnapshotsResponse(info=[_info(snapshot) for snapshot in batch])
+
+    @answered
+    async def _list(self, request: pb.ListSnapshotsRequest, context: Any) -> Sequence[Snapshot]:  # noqa: ARG002
+        return await self._snapshots.list(list(request.filters))
+
+    @answered
+    async def Usage(self, request: pb.UsageRequest, context: Any) -> pb.UsageResponse:  # noqa: ARG002
+        size, inodes = await self._snapshots.usage(request.key)
+        return pb.UsageResponse(size=size, inodes=inodes)
+
+    @answered
+    async def Cleanup(self, request: pb.CleanupRequest, context: Any) -> Empty:  # noqa: ARG002
+        await self._snapshots.cleanup()
+        return Empty()
+
+
+def _namespace(context: Any) -> str:
+    metadata = dict(context.invocation_metadata() or ())
+    return str(metadata.get("containerd-namespace", ""))
+
+
+def _mounts(mounts: Sequence[Mount]) -> list[MountMessage]:
+    return [MountMessage(type=one.type, source=one.source, options=one.options) for one in mounts]
+
+
+def _info(snapshot: Snapshot) -> pb.Info:
+    return pb.Info(
+        name=snapshot.name,
+        parent=snapshot.parent,
+        kind=_KINDS[snapshot.kind],
+        created_at=_time(snapshot.created_ns),
+        updated_at=_time(snapshot.updated_ns),
+        labels=dict(snapshot.labels),
+    )
+
+
+def _time(at_ns: int) -> Timestamp:
+    return Timestamp(seconds=at_ns // 1_000_000_000, nanos=at_ns % 1_000_000_000)
+
+
+@asynccontextmanager
+async def listening(address: str, snapshots: Snapshots) -> AsyncIterator[None]:
+    """Serve on the unix socket ``address``; a socket left over by a killed predecessor is taken away first."""
+    socket = Path(address)
+    try:
+        socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if socket.is_socket():
+            socket.unlink()
+        options = [
+            ("grpc.max_receive_message_length", MESSAGE_LIMIT),
+            ("grpc.max_send_message_length", MESSAGE_LIMIT),
+        ]
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=CONCURRENT_CALLS)
+        rpc.add_SnapshotsServicer_to_server(SnapshotsDoor(snapshots), server)
+        server.add_insecure_port(f"unix:{address}")
+        await server.start()
+        socket.chmod(0o660)
+    except (OSError, RuntimeError) as error:
+        raise InvalidConfig(f"cannot listen on {address}: {error}") from error
+    try:
+        yield
+    finally:
+        await server.stop(STOP_GRACE)
+        socket.unlink(missing_ok=True)

@@ -1,0 +1,488 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mounter over a real FUSE mount, its server in another process, its layers real gzip tars."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import signal
+import stat
+import subprocess
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from soci.digest import hex_of, sha256_digest
+from soci.errors import AlreadyExists, NotFound
+from soci.ztoc import encode_ztoc
+from soci_cache import LayerStore
+from soci_mounter import kernel
+from support.mounter_layers import CAPABILITY, Made, everything, item, make, noise
+from support.mounter_process import Server
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root and /dev/fuse"),
+]
+
+
+@pytest.fixture(scope="module")
+def full() -> Made:
+    return make(everything())
+
+
+class Bench:
+    """A root folder, its blobs, and the servers that were started on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = folder / "root"
+        self.blobs = folder / "blobs"
+        self.root.mkdir()
+        self.blobs.mkdir()
+        self.servers: list[Server] = []
+        self.mounted: list[Path] = []
+
+    def start(self, **settings: Any) -> Server:
+        server = Server(self.root, self.blobs, **settings)
+        self.servers.append(server)
+        return server
+
+    def layer(self, made: Made) -> dict[str, object]:
+        """Prepare a layer and give the fields of its ask."""
+        made.put(self.root / "cache")
+        (self.blobs / hex_of(made.layer)).write_bytes(made.blob)
+        return {"image": "registry/image", "layer": made.layer, "ztoc": made.ztoc_digest}
+
+    def mount(self, server: Server, name: str, made: Made, lower: tuple[str, ...] = ()) -> Path:
+        return Path(server.ask("mount", mount=name, lower=lower, **self.layer(made)))
+
+    def present(self, made: Made) -> int:
+        with LayerStore(self.root / "cache").read(made.layer, made.ztoc_digest) as reader:
+            return reader.present_count()
+
+    def close(self) -> None:
+        for path in [*reversed(self.mounted), self.root / "mounts"]:
+            kernel.clear(path)
+        for server in self.servers:
+            server.end(signal.SIGKILL)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def described(root: Path) -> dict[str, tuple[object, ...]]:
+    """Everything that a program can see of a tree: path → type, mode, owner, size, time, target, attributes, bytes."""
+    found: dict[str, tuple[object, ...]] = {}
+    inodes: dict[int, str] = {}
+    for folder, folders, names in os.walk(root):
+        for name in sorted(folders) + sorted(names):
+            path = Path(folder) / name
+            seen = path.lstat()
+            key = str(path.relative_to(root))
+            regular, link = stat.S_ISREG(seen.st_mode), path.is_symlink()
+            device = stat.S_ISCHR(seen.st_mode) or stat.S_ISBLK(seen.st_mode)
+            first = inodes.setdefault(seen.st_ino, key)
+            found[key] = (
+                stat.filemode(seen.st_mode),
+                seen.st_uid,
+                seen.st_gid,
+                None if path.is_dir() and not link else seen.st_size,
+                None if path.is_dir() and not link else seen.st_nlink,
+                seen.st_rdev if device else 0,
+                seen.st_mtime_ns,
+                str(path.readlink()) if link else "",
+                {attribute: os.getxattr(path, attribute, follow_symlinks=False) for attribute in attributes_of(path)},
+                hashlib.sha256(path.read_bytes()).hexdigest() if regular else "",
+                first,
+            )
+    return found
+
+
+def attributes_of(path: Path) -> list[str]:
+    return sorted(name for name in os.listxattr(path, follow_symlinks=False) if name != "security.selinux")
+
+
+def unpack(tar: bytes, to: Path) -> Path:
+    """The tree that unpacking makes, with attributes and exact times."""
+    to.mkdir()
+    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+        members = archive.getmembers()
+        for member in members:
+            archive.extract(member, to, filter="fully_trusted")
+        for member in members:
+            path = to / member.name
+            for key, value in member.pax_headers.items():
+                if key.startswith("SCHILY.xattr."):
+                    raw = value.encode("utf-8", "surrogateescape")
+                    os.setxattr(path, key.removeprefix("SCHILY.xattr."), raw, follow_symlinks=False)
+        for member in reversed(members):
+            seconds, _, fraction = member.pax_headers.get("mtime", str(int(member.mtime))).partition(".")
+            ns = int(seconds) * 10**9 + int((fraction or "0").ljust(9, "0"))
+            os.utime(to / member.name, ns=(ns, ns), follow_symlinks=False)
+    return to
+
+
+def fails_with(number: int, action: Callable[[], object]) -> None:
+    with pytest.raises(OSError) as info:
+        action()
+    assert info.value.errno == number, info.value
+
+
+def test_a_mount_shows_what_unpacking_would(bench: Bench, full: Made, tmp_path: Path) -> None:
+    """Types, modes, owners, sizes, times, links, devices, attributes and bytes equal those of the unpacked tar."""
+    path = bench.mount(bench.start(), "m1", full)
+    want = described(unpack(full.tar, tmp_path / "unpacked"))
+    got = described(path)
+    implied = {"dev", "deep", "deep/er", "deep/er/and", "deep/er/and/deeper"}
+    assert sorted(got) == sorted(want)
+    differing = {key: (got[key], want[key]) for key in want if got[key] != want[key] and key not in implied}
+    assert differing == {}
+    assert {got[key][0:3] for key in implied} == {("drwxr-xr-x", 0, 0)}
+
+
+def test_file_capabilities_come_through(bench: Bench) -> None:
+    """The kernel finds ``security.capability`` with its binary value."""
+    header = {"SCHILY.xattr.security.capability": CAPABILITY.decode("utf-8", "surrogateescape")}
+    made = make([item("ping", b"#", mode=0o755, pax_headers=header)])
+    path = bench.mount(bench.start(), "m1", made)
+    assert os.getxattr(path / "ping", "security.capability") == CAPABILITY
+
+
+def test_mounting_fetches_nothing_and_reading_only_what_it_needs(bench: Bench, full: Made) -> None:
+    """The tree is there with no span present; a small read brings few of them, and a second read none."""
+    server = bench.start()
+    path = bench.mount(server, "m1", full)
+    assert len(list(path.rglob("*"))) > 700
+    assert bench.present(full) == 0
+    assert (path / "etc/late").read_bytes() == b"late"
+    present = bench.present(full)
+    assert 0 < present < 3 < full.ztoc.max_span_id + 1
+    fetched = server.ask("fetched")
+    assert (path / "etc/late").read_bytes() == b"late"
+    assert server.ask("fetched") == fetched
+
+
+def test_reading_in_order_runs_ahead(bench: Bench, full: Made) -> None:
+    """A large file read from its start is fetched ahead of the reader, no span twice."""
+    server = bench.start()
+    path = bench.mount(server, "m1", full)
+    assert hashlib.sha256((path / "big").read_bytes()).digest() == hashlib.sha256(noise(1_500_000, 2)).digest()
+    fetched, _ = server.ask("fetched")
+    spans = [span for first, last, _, _ in fetched for span in range(first, last + 1)]
+    assert len(spans) == len(set(spans))
+    assert any(why == "read-ahead" for _, _, why, _ in fetched)
+
+
+def test_many_readers_of_one_file_fetch_each_span_once(bench: Bench, full: Made) -> None:
+    """Sixteen threads that read the same cold file get its bytes, and no span is asked for twice."""
+    server = bench.start()
+    path = bench.mount(server, "m1", full)
+    digests: list[bytes] = []
+
+    def read() -> None:
+        digests.append(hashlib.sha256((path / "big").read_bytes()).digest())
+
+    threads = [threading.Thread(target=read) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert digests == [hashlib.sha256(noise(1_500_000, 2)).digest()] * 16
+    fetched, _ = server.ask("fetched")
+    spans = [span for first, last, _, _ in fetched for span in range(first, last + 1)]
+    assert len(spans) == len(set(spans))
+
+
+def test_overlayfs_merges_mounted_layers(bench: Bench, tmp_path: Path) -> None:
+    """With two lazy layers below and a writable one on top, whiteouts and opaque directories hide what they should."""
+    directory: dict[str, Any] = {"kind": tarfile.DIRTYPE, "mode": 0o755}
+    base = make(
+        [
+            item("kept", b"kept"),
+            item("gone", b"gone"),
+            item("box/", **directory),
+            item("box/hidden", b"hidden"),
+            item("run", b"#!/bin/sh\necho ran\n", mode=0o755),
+        ]
+    )
+    upper = make([item(".wh.gone"), item("box/", **directory), item("box/.wh..wh..opq"), item("box/new", b"new")])
+    server = bench.start()
+    one = bench.mount(server, "m1", base)
+    two = bench.mount(server, "m2", upper, (str(one),))
+    top, work, merged = (tmp_path / name for name in ("top", "work", "merged"))
+    for folder in (top, work, merged):
+        folder.mkdir()
+    bench.mounted.append(merged)
+    options = f"lowerdir={two}:{one},upperdir={top},workdir={work}"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(merged)], check=True, timeout=20)
+    assert sorted(entry.name for entry in merged.iterdir()) == ["box", "kept", "run"]
+    assert [entry.name for entry in (merged / "box").iterdir()] == ["new"]
+    assert (merged / "kept").read_bytes() == b"kept"
+    (merged / "kept").write_bytes(b"changed")
+    assert (top / "kept").read_bytes() == b"changed"
+    assert (one / "kept").read_bytes() == b"kept"
+    assert subprocess.run([merged / "run"], capture_output=True, check=True, timeout=20).stdout == b"ran\n"
+
+
+def test_implied_directories_take_after_the_layers_below(bench: Bench) -> None:
+    """Their attributes come from a lower layer on the same FUSE mount, unless a whiteout is in between."""
+    attributes = {"SCHILY.xattr.user.k": "v"}
+    base = make(
+        [
+            item(
+                "srv/", kind=tarfile.DIRTYPE, mode=0o2750, uid=11, gid=12, mtime=1_400_000_000, pax_headers=attributes
+            ),
+            item("opt/", kind=tarfile.DIRTYPE, mode=0o700, uid=11),
+        ]
+    )
+    middle = make([item(".wh.opt"), item("else", b"")])
+    upper = make([item("srv/file", b"x"), item("opt/file", b"y"), item("fresh/file", b"z")])
+    server = bench.start()
+    one = bench.mount(server, "m1", base)
+    two = bench.mount(server, "m2", middle, (str(one),))
+    three = bench.mount(server, "m3", upper, (str(two), str(one)))
+    seen = (three / "srv").stat()
+    assert (stat.filemode(seen.st_mode), seen.st_uid, seen.st_gid) == ("drwxr-s---", 11, 12)
+    assert seen.st_mtime == 1_400_000_000
+    assert os.getxattr(three / "srv", "user.k") == b"v"
+    for name in ("opt", "fresh"):
+        seen = (three / name).stat()
+        assert (stat.filemode(seen.st_mode), seen.st_uid) == ("drwxr-xr-x", 0)
+
+
+def test_the_file_system_is_read_only(bench: Bench, full: Made) -> None:
+    """Every way to change something is EROFS."""
+    path = bench.mount(bench.start(), "m1", full)
+    for action in (
+        lambda: (path / "etc/late").write_bytes(b""),
+        (path / "new").mkdir,
+        (path / "etc/late").unlink,
+        lambda: (path / "etc/late").rename(path / "etc/later"),
+        lambda: (path / "etc/late").chmod(0o600),
+        lambda: (path / "link").symlink_to("x"),
+        lambda: os.setxattr(path / "etc/late", "user.a", b"b"),
+    ):
+        fails_with(errno.EROFS, action)
+
+
+def test_other_users_read_as_the_modes_say(bench: Bench, full: Made) -> None:
+    """The kernel checks permissions: a stranger reads an open file and is refused a closed one."""
+    server = bench.start()
+    path = bench.mount(server, "m1", full)
+    for folder in [bench.root, *bench.root.parents][:4]:
+        folder.chmod(folder.stat().st_mode | 0o111)
+    good = subprocess.run(["cat", path / "etc/late"], user=65534, capture_output=True, check=False, timeout=20)
+    bad = subprocess.run(["cat", path / "etc/empty"], user=65534, capture_output=True, check=False, timeout=20)
+    assert good.stdout == b"late"
+    assert b"Permission denied" in bad.stderr
+    assert stat.S_IMODE((bench.root / "mounts").stat().st_mode) == 0o711
+
+
+def test_statfs_answers(bench: Bench, full: Made) -> None:
+    """The numbers are those of the cache's file system, with names of 255 bytes."""
+    path = bench.mount(bench.start(), "m1", full)
+    assert os.statvfs(path).f_namemax == 255
+    assert os.statvfs(path).f_blocks == os.statvfs(bench.root / "cache").f_blocks
+
+
+def test_mounting_twice_is_once(bench: Bench, full: Made) -> None:
+    """The same ask gets the same path; another layer under the name is refused; a layer that is not here is not found."""
+    server = bench.start()
+    other = make([item("a", b"b")])
+    assert bench.mount(server, "m1", full) == bench.mount(server, "m1", full)
+    with pytest.raises(AlreadyExists):
+        bench.mount(server, "m1", other)
+    with pytest.raises(NotFound):
+        server.ask("mount", mount="m2", image="i", layer="sha256:" + "0" * 64, ztoc=full.ztoc_digest)
+    assert server.ask("check", mounts=["m1", "m2"]) == ["m1"]
+
+
+def test_an_unmounted_directory_is_gone_and_its_name_is_free(bench: Bench, full: Made) -> None:
+    """After unmount-layer the path is ENOENT at once; another layer may then have the name."""
+    server = bench.start()
+    path = bench.mount(server, "m1", full)
+    assert (path / "etc").is_dir()
+    server.ask("unmount", mount="m1")
+    server.ask("unmount", mount="m1")
+    until = time.monotonic() + 5
+    while path.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not path.exists()
+    assert list((bench.root / "mounts").iterdir()) == []
+    assert server.ask("check", mounts=["m1"]) == []
+    other = bench.mount(server, "m1", make([item("other", b"other")]))
+    assert [entry.name for entry in other.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("how", ["registry-unavailable", "mismatch", "hang"])
+def test_a_read_that_cannot_be_served_fails_at_its_deadline_and_later_succeeds(
+    bench: Bench, full: Made, how: str
+) -> None:
+    """EIO comes at the deadline, names go on working, and once the cause is gone the same open file reads well."""
+    server = bench.start(deadline=1.0)
+    path = bench.mount(server, "m1", full)
+    server.ask("fail", how=how)
+    with (path / "etc/late").open("rb", buffering=0) as file:
+        began = time.monotonic()
+        fails_with(errno.EIO, file.read)
+        assert time.monotonic() - began >= 0.9
+        assert len(list((path / "many").iterdir())) == 700
+        server.ask("fail", how="")
+        assert file.read() == b"late"
+    events = server.ask("events")
+    assert any(name == "Missed" and failed for name, _, failed in events)
+
+
+def test_waiting_readers_do_not_keep_names_from_being_looked_at(bench: Bench, full: Made) -> None:
+    """With two hundred reads waiting for a registry that is away, stat and readdir still answer."""
+    server = bench.start(deadline=3.0)
+    path = bench.mount(server, "m1", full)
+    server.ask("fail", how="registry-unavailable")
+    results: list[object] = []
+
+    def read(number: int) -> None:
+        try:
+            results.append((path / f"many/{number:04}").read_bytes())
+        except OSError as error:
+            results.append(error.errno)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(200)]
+    for thread in threads:
+        thread.start()
+    assert (path / "bin/short").readlink() == Path("tool")
+    assert len(list((path / "many").iterdir())) == 700
+    for thread in threads:
+        thread.join(20)
+    assert results == [errno.EIO] * 200
+
+
+def test_what_is_here_is_served_without_a_fetcher(bench: Bench, full: Made) -> None:
+    """With every span present nobody is asked, and reads succeed though the fetcher fails."""
+    server = bench.start(deadline=1.0)
+    path = bench.mount(server, "m1", full)
+    full.fill(bench.root / "cache", range(full.ztoc.max_span_id + 1))
+    server.ask("fail", how="registry-unavailable")
+    assert (path / "big").read_bytes() == noise(1_500_000, 2)
+    assert server.ask("fetched")[0] == []
+
+
+@pytest.mark.parametrize(
+    ("operation", "action"),
+    [
+        ("lookup", lambda path: (path / "bin/tool").stat()),
+        ("getattr", lambda path: path.parent.stat()),
+        ("readlink", lambda path: (path / "bin/short").readlink()),
+        ("opendir", os.listdir),
+        ("readdir", os.listdir),
+        ("open", lambda path: (path / "etc/late").open("rb")),
+        ("read", lambda path: (path / "etc/late").read_bytes()),
+        ("getxattr", lambda path: os.getxattr(path, "user.x")),
+        ("listxattr", os.listxattr),
+        ("statfs", os.statvfs),
+    ],
+)
+def test_a_defect_in_an_operation_is_an_error_and_no_hang(
+    bench: Bench, full: Made, operation: str, action: Callable[[Path], object]
+) -> None:
+    """Whatever exception an operation raises, its caller gets EIO at once, and the server lives."""
+    server = bench.start()
+    path = bench.mount(server, "m1", full)
+    server.ask("break", operation=operation)
+    time.sleep(1.1 if operation == "getattr" else 0)  # the root's attributes are kept for a second
+    fails_with(errno.EIO, lambda: action(path))
+    assert server.ask("check", mounts=["m1"]) == ["m1"]
+
+
+@pytest.mark.parametrize("operation", ["release", "releasedir"])
+def test_a_defect_in_closing_is_no_hang(bench: Bench, full: Made, operation: str) -> None:
+    """Closing answers even when it fails within; later reads work."""
+    server = bench.start()
+    path = bench.mount(server, "m1", full)
+    server.ask("break", operation=operation)
+    assert (path / "etc/late").read_bytes() == b"late"
+    assert "late" in [entry.name for entry in (path / "etc").iterdir()]
+    assert (path / "etc/grün").read_bytes() == b"utf-8"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_successor_shows_the_same_layers_without_the_network(
+    bench: Bench, full: Made, number: signal.Signals
+) -> None:
+    """After SIGTERM the mount is gone, after SIGKILL it is dead; the next mounter needs no hand and no registry."""
+    base = make([item("srv/", kind=tarfile.DIRTYPE, mode=0o700, uid=5)])
+    upper = make([item("srv/file", b"x")])
+    server = bench.start()
+    one = bench.mount(server, "m1", base)
+    two = bench.mount(server, "m2", upper, (str(one),))
+    whole = bench.mount(server, "m3", full)
+    before = {path: described(path) for path in (one, two, whole)}
+    status = server.end(number)
+    if number == signal.SIGTERM:
+        assert status == 0
+        assert kernel.mounted_at(bench.root / "mounts") == []
+    else:
+        fails_with(errno.ENOTCONN, lambda: list(one.iterdir()))
+    successor = bench.start()
+    assert successor.ask("check", mounts=["m1", "m2", "m3", "m4"]) == ["m1", "m2", "m3"]
+    assert len(kernel.mounted_at(bench.root / "mounts")) == 1
+    successor.ask("fail", how="registry-unavailable")
+    assert {path: described(path) for path in (one, two, whole)} == before
+
+
+def test_a_second_mounter_on_one_root_refuses(bench: Bench, full: Made) -> None:
+    """It ends with an error and leaves the first one's mount alone."""
+    server = bench.start()
+    path = bench.mount(server, "m1", full)
+    with pytest.raises(AssertionError, match="ended with 1"):
+        bench.start()
+    assert (path / "etc/late").read_bytes() == b"late"
+
+
+def test_a_mounter_whose_mount_is_taken_away_ends(bench: Bench, full: Made) -> None:
+    """When somebody unmounts the FUSE file system the process exits with an error, for its supervisor to see."""
+    server = bench.start()
+    bench.mount(server, "m1", full)
+    kernel.clear(bench.root / "mounts")
+    assert server.process.wait(20) == 1
+
+
+def test_wrong_headers_are_refused(bench: Bench) -> None:
+    """A table of contents that gives another name to a file's bytes is found out, unless checking is switched off."""
+    truth = make([item("name", b"x" * 5000), item("other", b"y" * 5000)])
+    entries = tuple(replace(entry, name=entry.name[::-1]) for entry in truth.ztoc.entries)
+    ztoc = replace(truth.ztoc, entries=entries)
+    content = encode_ztoc(ztoc)
+    lie = replace(truth, ztoc=ztoc, ztoc_bytes=content, ztoc_digest=sha256_digest(content))
+    server = bench.start()
+    path = bench.mount(server, "m1", lie)
+    fails_with(errno.EIO, (path / "eman").read_bytes)
+    server.end()
+    bench.start(verify=False)
+    assert (path / "eman").read_bytes() == b"x" * 5000
+
+
+def test_misses_belong_to_the_launch_that_was_attached(bench: Bench, full: Made) -> None:
+    """Fetches and miss events after attach-launch carry its id."""
+    launch = "ab" * 16
+    server = bench.start()
+    path = bench.mount(server, "m1", full)
+    (path / "etc/late").read_bytes()
+    server.ask("attach", launch=launch, mounts=["m1"])
+    (path / "big").read_bytes()
+    assert server.ask("fetched")[1][-1] == launch
+    assert launch in {of for name, of, _ in server.ask("events") if name == "Missed"}
