@@ -13,17 +13,16 @@ and the same on every machine. The torture image's layers and what each is for:
 
 from __future__ import annotations
 
+import hashlib
 import random
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from soci_dev import image
+from soci_dev import image, tarball
 from soci_dev.folders import cache_folder, locked
 from soci_dev.tarball import OPAQUE, WHITEOUT, Member, member
 from soci_dev.tools import find
-
-_RECIPE = 1  # raise when the members below change
 
 SMALL_FILES = 3000
 LARGE_FILE_BYTES = 40 * 1024 * 1024
@@ -72,7 +71,7 @@ def implied_directories() -> set[str]:
 
 
 def _cached(name: str, folder: Path | None, make: Callable[[Path], list[image.Layer]]) -> image.Image:
-    home = folder or cache_folder() / "images" / f"{name}-{_RECIPE}-{image.architecture()}"
+    home = folder or cache_folder() / "images" / f"{name}-{_recipe()}"
     with locked(home.with_suffix(".lock")):
         found = image.read_image(home)
         if found is None:
@@ -80,6 +79,12 @@ def _cached(name: str, folder: Path | None, make: Callable[[Path], list[image.La
             found = image.read_image(home)
     assert found is not None
     return found
+
+
+def _recipe() -> str:
+    """A hash of the code that makes the images: a change of it makes them anew."""
+    sources = (Path(__file__), Path(image.__file__), Path(tarball.__file__))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
 def noise(seed: int, count: int) -> bytes:

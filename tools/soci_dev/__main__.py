@@ -82,6 +82,7 @@ def lock() -> None:
 def main() -> None:
     """Run a sub-command; our own errors end as one line, SIGTERM as an orderly end."""
     signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell without job control starts us deaf to it
     try:
         dev.main(prog_name="./dev", standalone_mode=False)
     except SociError as error:

@@ -119,7 +119,13 @@ class Proof:
     def run(self) -> int:
         """Images, compose, containerd, launches; everything is cleared away, whatever happens."""
         built = demo_image(self.say)
-        self.make_images(built)
+        base = named_base((CHECKOUT / "Dockerfile").read_text())
+        try:
+            self.make_base(built, base)
+        except SociError as error:
+            print(f"compose-proof: skipped: the engine cannot work on this machine: {error}", file=sys.stderr)
+            return SKIPPED
+        self.make_images(base)
         with self.shared_state(), self.composed(), self.containerd_running():
             verdicts = self.launches(built)
             self.say("clearing away")
@@ -130,13 +136,16 @@ class Proof:
 
     # --- images -----------------------------------------------------------------------------------------------------
 
-    def make_images(self, built: image.Image) -> None:
-        """The base, what stands in for the two images from elsewhere, and our own by the Dockerfile."""
-        base = named_base((CHECKOUT / "Dockerfile").read_text())
-        tags = named_images((CHECKOUT / "compose.yaml").read_text())
+    def make_base(self, built: image.Image, base: str) -> None:
+        """The base image from the demo image's first layer, which is debootstrap's tree."""
         layer = built.folder / "blobs" / "sha256" / str(built.layers[0]["digest"]).removeprefix("sha256:")
         self.engine.import_base(layer, base)
+        self.engine.try_out(base)
         self.say(f"base image {base}: imported from debootstrap's tree")
+
+    def make_images(self, base: str) -> None:
+        """What stands in for the two images from elsewhere, and our own by the Dockerfile."""
+        tags = named_images((CHECKOUT / "compose.yaml").read_text())
         config = self.engine.folder / "config.yml"  # JSON is YAML
         config.write_text(json.dumps(_REGISTRY_CONFIG))
         busybox = find("busybox")
@@ -155,6 +164,7 @@ class Proof:
     def shared_state(self) -> Iterator[None]:
         """The state folder as docs/compose.md says: a mount of its own, shared."""
         leftovers.kill_containers([NAMESPACE])
+        leftovers.kill_shims(self.containerd)
         for folder in (self.state, self.sockets):
             leftovers.remove_tree(folder)
             folder.mkdir(parents=True)
@@ -177,6 +187,7 @@ class Proof:
         """``compose up`` without jaeger, two fetchers, until every service said that it is ready."""
         try:
             self.compose("up", "-d", "--no-build", "--scale", f"fetcher={FETCHERS}", *_SERVICES)
+            self.engine.record_networks()
             for service, count in _OURS.items():
                 self.wait_ready(service, count)
             self.say(f"compose is up: {', '.join(_SERVICES)}; {FETCHERS} fetchers")
@@ -220,6 +231,7 @@ class Proof:
         command: list[str | Path] = [find("containerd"), "--config", file]
         log = self.engine.log.with_name("containerd.log")
         daemon = Daemon("containerd", command, log, environment, config.folder)
+        self.engine.record(daemon)
         try:
             daemon.wait(self.containerd.exists, "listening", CONTAINERD_LIMIT_S)
             yield

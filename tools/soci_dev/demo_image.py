@@ -114,6 +114,9 @@ def demo_image(progress: Callable[[str], None] = print) -> image.Image:
             built = _build(work, progress)
             shutil.rmtree(home, ignore_errors=True)
             (work / "layout").rename(home)
+        for older in home.parent.glob("demo-*"):
+            if older not in {home, home.with_suffix(".lock")}:
+                shutil.rmtree(older) if older.is_dir() else older.unlink()
         _check_size(built)
     found = image.read_image(home)
     if found is None:

@@ -73,14 +73,13 @@ class Engine:
         self.sweep()
         self.folder.mkdir(parents=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        words = ["--data-root", self.folder / "data", "--exec-root", self.folder / "exec", "--pidfile"]
-        words += [self.folder / "d.pid", "--host", f"unix://{self.socket}", "--bridge=none", "--iptables=false"]
-        words += ["--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "--exec-opt"]
-        words += ["native.cgroupdriver=cgroupfs"]
-        program = shutil.which("dockerd", path=_path()) or "dockerd"
-        daemon = Daemon("dockerd", [program, *words], self.log, {**self.environment}, self.folder)
-        self._daemon = daemon
-        self._pids().write_text(f"{daemon.pid} {daemon.started} dockerd\n")
+        command: list[str | Path] = [shutil.which("dockerd", path=_path()) or "dockerd"]
+        command += ["--data-root", self.folder / "data", "--exec-root", self.folder / "exec"]
+        command += ["--pidfile", self.folder / "d.pid", "--host", f"unix://{self.socket}"]
+        command += ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"]
+        command += ["--exec-opt", "native.cgroupdriver=cgroupfs"]
+        daemon = self._daemon = Daemon("dockerd", command, self.log, self.environment, self.folder)
+        self.record(daemon)
         try:
             daemon.wait(self._answers, "answering", START_LIMIT_S)
         except BaseException:
@@ -101,9 +100,25 @@ class Engine:
     def sweep(self) -> None:
         """Clear away what an earlier, crashed run left."""
         end_recorded(self._pids())  # dockerd's own containerd ends with it
-        leftovers.kill_shims(self.folder / "exec" / "containerd" / "containerd.sock")
+        state = self.folder / "exec"
+        leftovers.kill_containers(["moby"], state / "runtime-runc")  # a dockerd that was killed leaves them running
+        leftovers.kill_shims(state / "containerd" / "containerd.sock")
+        bridges = self._bridges()
+        for name in bridges.read_text().split() if bridges.exists() else ():
+            subprocess.run(["ip", "link", "delete", name], check=False, capture_output=True)  # most often gone already
+        bridges.unlink(missing_ok=True)
         if self.folder.exists():
             leftovers.remove_tree(self.folder)
+
+    def record(self, daemon: Daemon) -> None:
+        """Have ``daemon`` ended by the next run if this one crashes."""
+        with self._pids().open("a") as record:
+            record.write(f"{daemon.pid} {daemon.started} {daemon.name}\n")
+
+    def record_networks(self) -> None:
+        """Have the bridges that exist now removed by the next run if this one crashes."""
+        networks = self.docker("network", "ls", "--quiet", "--filter", "driver=bridge").split()
+        self._bridges().write_text("".join(f"br-{network}\n" for network in networks))  # as the engine names them
 
     def docker(self, *words: str, limit_s: float = COMMAND_LIMIT_S) -> str:
         """Run the client; its standard output. `Unavailable` with its messages when it fails."""
@@ -138,6 +153,12 @@ class Engine:
         text = "FROM base:imported\n" + (f"COPY {_OWN_CERTIFICATES.name} {_OWN_CERTIFICATES}/\n" if copied else "")
         self.build_from(text, [_OWN_CERTIFICATES] if copied else [], reference)
 
+    def try_out(self, reference: str) -> None:
+        """Run a container and make a network, as Compose will; `Unavailable` where this machine does not allow it."""
+        self.docker("run", "--rm", "--network", "none", reference, "true")
+        self.docker("network", "create", "probe")
+        self.docker("network", "rm", "probe")
+
     def _answers(self) -> bool:
         try:
             self.docker("version", "--format", "{{.Server.Version}}")
@@ -147,6 +168,9 @@ class Engine:
 
     def _pids(self) -> Path:
         return self.folder.with_suffix(".pids")
+
+    def _bridges(self) -> Path:
+        return self.folder.with_suffix(".bridges")
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> str:

@@ -135,13 +135,13 @@ class Stack:
         self._claim()
         try:
             self._start_all()
-        except BaseException:
-            self.close(keep_logs=True)
+        except BaseException as error:
+            self.close(keep_logs=isinstance(error, Exception))  # not for Ctrl-C
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
-        self.close(keep_logs=kind is not None)
+        self.close(keep_logs=kind is not None and issubclass(kind, Exception))
 
     def close(self, *, keep_logs: bool = False) -> None:
         """End and remove everything; safe to call again."""
