@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
-from soci_dev.faults import Corrupt, Fault, Seen
+from soci_dev import image
+from soci_dev.faults import Corrupt, Fault, Hook, Seen
 from soci_dev.proxy import Proxy
 from soci_dev.stack import Stack
 from support import lazy
@@ -20,7 +23,7 @@ READ_DEADLINE = 3.0
 
 
 @pytest.fixture(scope="module")
-def short_stack(make_stack, tmp_path_factory: pytest.TempPathFactory) -> Stack:
+def short_stack(make_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFactory) -> Stack:
     """A stack whose reads give up after `READ_DEADLINE` seconds."""
     config = tmp_path_factory.mktemp("config") / "config.toml"
     config.write_text(f"[sociable]\nread_deadline_sec = {READ_DEADLINE}\nindex_failure_ttl_sec = 0\n")
@@ -34,7 +37,7 @@ def proxy(short_stack: Stack) -> Iterator[Proxy]:
         yield running
 
 
-def only(layer: str, fault: Fault):
+def only(layer: str, fault: Fault) -> Hook:
     """A hook that gives ``fault`` to every read of this blob."""
     return lambda seen: fault if seen.is_blob and layer in seen.path else None
 
@@ -58,22 +61,18 @@ def test_a_damaged_ztoc_makes_its_layer_come_whole(short_stack: Stack, proxy: Pr
     proxy.hook = only(made["layers"][1]["ztoc"], Corrupt(100))
     words = ("run", "--plain-http", reference, "/bin/busybox", "sha256sum", "/data/5")
     done = lazy.soci(short_stack, *words)
-    expected = built_checksum(built.folder, tmp_path)
+    expected = checksum(tmp_path)
     assert lazy.good(done).split()[0] == expected
     (launched,) = lazy.launches(short_stack, reference)
     assert lazy.modes(launched) == ["lazy", "whole"]
     assert made["layers"][1]["ztoc"][:20] in launched["layers"][1]["why"]
 
 
-def built_checksum(_folder: Path, tmp_path: Path) -> str:
-    """The checksum of ``/data/5`` in the image built in ``tmp_path``, from its own layer blob."""
-    import tarfile
-
-    from soci_dev import image
-
-    built = image.read_image(tmp_path)
+def checksum(layout: Path) -> str:
+    """The checksum of ``/data/5`` in the image of this layout, from its own layer blob."""
+    built = image.read_image(layout)
     assert built is not None
-    blob = tmp_path / "blobs" / "sha256" / built.layers[1]["digest"].removeprefix("sha256:")
+    blob = layout / "blobs" / "sha256" / built.layers[1]["digest"].removeprefix("sha256:")
     with tarfile.open(blob) as tar:
         file = tar.extractfile("data/5")
         assert file is not None
@@ -110,7 +109,7 @@ def test_a_span_that_never_matches_is_an_error_and_never_a_wrong_byte(
         assert (root / "hello").read_bytes().startswith(b"echo hello"), "other layers are not touched by it"
         proxy.hook = None
         found = hashlib.sha256((root / "data" / "5").read_bytes()).hexdigest()
-    assert found == built_checksum(built.folder, tmp_path)
+    assert found == checksum(tmp_path)
 
 
 def test_a_registry_that_is_away_is_an_error_and_then_comes_back(
@@ -133,7 +132,7 @@ def test_a_registry_that_is_away_is_an_error_and_then_comes_back(
     finally:
         if short_stack.daemons["registry"].returncode is not None:
             short_stack.start("registry")
-    assert found == built_checksum(built.folder, tmp_path)
+    assert found == checksum(tmp_path)
 
 
 def test_an_unreachable_registry_fails_the_pull_with_its_name(short_stack: Stack) -> None:
@@ -147,8 +146,6 @@ def test_an_unreachable_registry_fails_the_pull_with_its_name(short_stack: Stack
 def test_a_hook_sees_ranges(proxy: Proxy) -> None:
     """The faults above reach ranged reads too: the hook is asked for each request."""
     seen: list[Seen] = []
-    proxy.hook = lambda one: seen.append(one)
-    import httpx
-
+    proxy.hook = seen.append
     httpx.get(f"http://{proxy.address}/v2/", headers={"Range": "bytes=0-1"})
     assert seen[0].range == "bytes=0-1"

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
 
 
 DIAL_SECONDS = 15.0
+Pulled = tuple[str, str, dict[str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def proxy(faulty: Stack) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def pulled(faulty: Stack, proxy: Proxy, tmp_path: Path) -> tuple[str, str, dict[str, str]]:
+def pulled(faulty: Stack, proxy: Proxy, tmp_path: Path) -> Pulled:
     """A lazily pulled image: its reference, its topmost chain id, and the checksum of each file in ``/data``."""
     wait_until_dialled(faulty)  # the test before may have killed the snapshotter
     seed = int.from_bytes(hashlib.sha256(str(tmp_path).encode()).digest()[:4])
@@ -61,7 +62,7 @@ def read_all(root: Path) -> dict[str, str]:
         return dict(readers.map(one, sorted((root / "data").iterdir())))
 
 
-def test_a_fetcher_killed_under_load_fails_no_read(faulty: Stack, proxy: Proxy, pulled) -> None:
+def test_a_fetcher_killed_under_load_fails_no_read(faulty: Stack, proxy: Proxy, pulled: Pulled) -> None:
     """With one of two fetchers killed while every span is on its way, all files read right."""
     _, chain, checksums = pulled
     killed = False
@@ -82,7 +83,7 @@ def test_a_fetcher_killed_under_load_fails_no_read(faulty: Stack, proxy: Proxy, 
     assert killed
 
 
-def test_cached_bytes_need_no_bus_and_missing_ones_wait_for_it(faulty: Stack, pulled) -> None:
+def test_cached_bytes_need_no_bus_and_missing_ones_wait_for_it(faulty: Stack, pulled: Pulled) -> None:
     """While NATS is away, what is here is read; what is not waits, and reads right once NATS is back."""
     _, chain, checksums = pulled
     with lazy.rootfs(faulty, "sociable", chain) as root:
@@ -116,7 +117,7 @@ def drop_pages(path: Path) -> None:
 
 @pytest.mark.parametrize("service", ["mounter", "snapshotter"])
 def test_after_a_kill_new_containers_run_and_nothing_is_fetched_again(
-    faulty: Stack, proxy: Proxy, pulled, service: str
+    faulty: Stack, proxy: Proxy, pulled: Pulled, service: str
 ) -> None:
     """A killed mounter or snapshotter comes back by itself: the same image runs from the cache, without a manual
     unmount and without the registry."""
@@ -131,7 +132,7 @@ def test_after_a_kill_new_containers_run_and_nothing_is_fetched_again(
     assert proxy.counts.get == 0
 
 
-def test_a_running_container_outlives_the_snapshotter(faulty: Stack, pulled) -> None:
+def test_a_running_container_outlives_the_snapshotter(faulty: Stack, pulled: Pulled) -> None:
     """What runs goes on reading lazily while the snapshotter is away: it is not on the read path."""
     reference, _, checksums = pulled
     script = "read go < /dev/null; for i in 1 2 3 4 5; do /bin/busybox sha256sum /data/$i; /bin/busybox sleep 0.2; done"
@@ -146,7 +147,7 @@ def test_a_running_container_outlives_the_snapshotter(faulty: Stack, pulled) -> 
     assert [line.split()[0] for line in (first, *rest)] == [checksums[str(number)] for number in range(1, 6)]
 
 
-def test_everything_restarts_with_the_registry_away(faulty: Stack, pulled) -> None:
+def test_everything_restarts_with_the_registry_away(faulty: Stack, pulled: Pulled) -> None:
     """After all services were killed at once and the registry is gone, an image that was read runs from the cache."""
     reference, _, _ = pulled
     words = ("run", "--plain-http", "--pull", "never", reference)

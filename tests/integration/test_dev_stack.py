@@ -73,7 +73,7 @@ def test_containerd_unpacks_the_torture_image(bare_stack: Stack) -> None:
 def test_crashed_stack_is_cleaned(stack_folder: Callable[[], Path]) -> None:
     """After kill -9 of its owner, the next use of the folder ends daemons, containers and mounts of the crashed one."""
     folder = stack_folder()
-    command = [sys.executable, "-c", CRASHING, folder, busybox_image().folder]
+    command = [sys.executable, "-c", CRASHING, str(folder), str(busybox_image().folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         words = owner.stdout.readline().split()

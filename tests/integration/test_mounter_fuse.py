@@ -371,6 +371,18 @@ def test_waiting_readers_do_not_keep_names_from_being_looked_at(bench: Bench, fu
     assert results == [errno.EIO] * 200
 
 
+def test_the_kernel_may_have_many_reads_waiting(bench: Bench, full: Made, tmp_path: Path) -> None:
+    """Its limit of read-ahead requests is raised: twelve waiting ones would hold up the reads of all layers."""
+    bench.mount(bench.start(), "m1", full)
+    ((device, kind),) = kernel.mounted_at(bench.root / "mounts")
+    assert kind == "fuse.soci"
+    connections = tmp_path / "connections"
+    connections.mkdir()
+    bench.mounted.append(connections)
+    subprocess.run(["mount", "-t", "fusectl", "fusectl", str(connections)], check=True, timeout=20)
+    assert (connections / device.partition(":")[2] / "max_background").read_text().strip() == str(kernel.MAX_BACKGROUND)
+
+
 def test_what_is_here_is_served_without_a_fetcher(bench: Bench, full: Made) -> None:
     """With every span present nobody is asked, and reads succeed though the fetcher fails."""
     server = bench.start(deadline=1.0)

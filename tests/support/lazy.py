@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import subprocess
 import tempfile
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from soci.oci import chain_ids, parse_config
 from soci_dev import image
 from soci_dev.proxy import Proxy
 from soci_dev.stack import Stack
@@ -62,7 +62,8 @@ def good(done: subprocess.CompletedProcess[str]) -> str:
 def build_index(stack: Stack, reference: str, *, span_size: int = 1 << 18) -> dict[str, Any]:
     """Have the indexer index every layer; the JSON of the command."""
     words = ("index", "build", "--json", "--min-layer-size", "0", "--span-size", str(span_size), reference)
-    return json.loads(good(soci(stack, *words)))
+    made: dict[str, Any] = json.loads(good(soci(stack, *words)))
+    return made
 
 
 def launches(stack: Stack, reference: str) -> list[dict[str, Any]]:
@@ -73,7 +74,8 @@ def launches(stack: Stack, reference: str) -> list[dict[str, Any]]:
 
 def launch(stack: Stack, launch_id: str) -> dict[str, Any]:
     """Everything of one launch."""
-    return json.loads(good(soci(stack, "launch", "show", "--json", launch_id)))
+    shown: dict[str, Any] = json.loads(good(soci(stack, "launch", "show", "--json", launch_id)))
+    return shown
 
 
 def modes(launched: dict[str, Any]) -> list[str]:
@@ -96,13 +98,11 @@ def rootfs(stack: Stack, snapshotter: str, chain: str) -> Iterator[Path]:
             subprocess.run(["umount", "-l", str(target)], check=True, timeout=MOUNT_SECONDS)
     finally:
         stack.ctr(*words, "rm", key)
-        os.rmdir(target)
+        target.rmdir()
 
 
 def top_chain(built: image.Image) -> str:
     """The chain id of the image's topmost layer."""
-    from soci.oci import chain_ids, parse_config
-
     digest = built.manifest["config"]["digest"].removeprefix("sha256:")
     config = parse_config((built.folder / "blobs" / "sha256" / digest).read_bytes())
     return chain_ids(config.diff_ids)[-1]

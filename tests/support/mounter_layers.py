@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import zstandard
+
 from soci.build import ZtocBuilder
 from soci.digest import Digest, sha256_digest
 from soci.inflate import inflate_span
@@ -105,3 +107,14 @@ def everything() -> list[Item]:
         *(item(f"many/{i:04}", f"{i}\n".encode() * 20, mtime=1_500_000_000 + i) for i in range(700)),
         item("big", noise(1_500_000, 2)),
     ]
+
+
+def make_zstd(items: Sequence[Item], span_size: int = SPAN_SIZE, *, frame_bytes: int = 0) -> Made:
+    """A zstd layer of the members: one frame, or one for every ``frame_bytes`` of the tar."""
+    tar = tar_of(items)
+    step = frame_bytes or len(tar)
+    blob = b"".join(zstandard.ZstdCompressor().compress(tar[at : at + step]) for at in range(0, len(tar), step))
+    builder = ZtocBuilder("zstd", span_size)
+    builder.feed(blob)
+    built = builder.finish()
+    return Made(blob, tar, built.ztoc_bytes, built.ztoc, sha256_digest(blob), sha256_digest(built.ztoc_bytes))

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: PTH115, PTH123, PTH208 -- names are bytes here, and need not be text
 """Two directory trees, path by path: everything that a program could tell them apart by."""
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from soci_dev import image
 from soci_dev.tarball import member, members_of
@@ -106,3 +107,23 @@ def test_implied_directories() -> None:
     implied = images.implied_directories()
     assert {"modes/sub/deep", "caps/more/implied", "linked-too", "modes"} <= implied
     assert not {"linked", "names", "half-removed"} & implied
+
+
+@pytest.mark.parametrize("frame_bytes", [0, 5000])
+def test_zstd_layers(frame_bytes: int, tmp_path: Path) -> None:
+    """One frame, or one for every so many bytes of the tar and a skippable one behind; the same tar comes out."""
+    members = [member(f"f{number}", content=images.noise(number, 8000)) for number in range(3)]
+    layer = image.add_layer(tmp_path, members, compression="zstd", frame_bytes=frame_bytes)
+    blob = (tmp_path / "blobs/sha256" / layer.digest.removeprefix("sha256:")).read_bytes()
+    frames: list[bytes] = []
+    left = blob
+    while left:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        frames.append(frame.decompress(left))
+        assert frame.eof
+        left = frame.unused_data
+    tar = b"".join(frames)
+    assert f"sha256:{hashlib.sha256(tar).hexdigest()}" == layer.diff_id
+    assert layer.media_type == image.LAYER_ZSTD
+    sizes = [len(frame) for frame in frames]
+    assert sizes == [len(tar)] if not frame_bytes else {*sizes[:-2]} == {frame_bytes} and sizes[-1] == 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from soci.errors import DeadlineExceeded, InvalidInput, Unavailable
-from soci_dev.leftovers import file_system_of, parse_mountinfo, shims_of, start_time
+from soci_dev.leftovers import (
+    file_system_of,
+    mounts_below,
+    parse_mountinfo,
+    remove_tree,
+    shims_of,
+    start_time,
+    unmount_below,
+)
 from soci_dev.processes import Daemon, end_recorded, free_port, says_ready
 from soci_dev.stack import Stack, clean_stale
 
@@ -98,6 +107,26 @@ def test_recorded_processes_end_only_if_they_are_the_same(start: Callable[[str],
     assert other.returncode is None
     assert ours.returncode == -15
     assert not record.exists()
+
+
+@pytest.mark.root
+def test_trees_with_mounts_go(tmp_path: Path) -> None:
+    """Mounts on mounts below a folder are detached before it is deleted, and what they show is not deleted."""
+    shown, folder = tmp_path / "shown", tmp_path / "a folder"
+    shown.mkdir()
+    (shown / "precious").write_text("kept")
+    (folder / "sub").mkdir(parents=True)
+    for source in ("tmpfs", "tmpfs"):
+        subprocess.run(["mount", "-t", "tmpfs", source, folder / "sub"], check=True)
+    (folder / "sub/deep").mkdir()
+    subprocess.run(["mount", "--bind", shown, folder / "sub/deep"], check=True)
+    try:
+        assert [mount.path.name for mount in mounts_below(folder)] == ["deep", "sub", "sub"]
+        remove_tree(folder)
+    finally:
+        unmount_below(folder)
+    assert not folder.exists()
+    assert (shown / "precious").read_text() == "kept"
 
 
 def test_start_time_of_the_gone() -> None:

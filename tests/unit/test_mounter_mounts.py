@@ -121,6 +121,8 @@ async def test_a_caller_that_gives_up_finds_the_mount_made(tmp_path: Path, made:
         impatient.cancel()
         with pytest.raises(asyncio.CancelledError):
             await impatient
+        await asyncio.gather(*rig.mounts._work)
+        assert rig.mounts.check(["m1"]) == ("m1",)
         await rig.mounts.mount(rig.ask())
         assert rig.heard == ["shown m1"]
 

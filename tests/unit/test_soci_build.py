@@ -8,12 +8,15 @@ import ctypes.util
 import gzip
 import os
 import random
+import threading
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +26,7 @@ from soci.build import Built, ZtocBuilder
 from soci.checkpoint import GzipCheckpoints
 from soci.digest import sha256_digest
 from soci.errors import InvalidGzip, InvalidInput, InvalidTar, InvalidZtoc, LimitExceeded, SociError, Unsupported
+from soci.hashing import Hashing
 from soci.inflate import inflate_span, inflate_tail
 from soci.span import Spans
 from soci.toc import Algorithm
@@ -134,6 +138,68 @@ def test_any_gzip_stream_builds_and_inflates(seed: int, span_size: int) -> None:
     assert b"".join(pieces) == tar
 
 
+class LateHashing(Hashing):
+    """Hashing that does nothing until somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self.done = 0
+
+    def update(self, state: Any, data: bytes | memoryview) -> None:
+        self.do(state.update, data)
+
+    def do(self, job: Callable[..., Any], *words: Any) -> None:
+        self.jobs.append((job, words))
+
+    def mark(self) -> Any:
+        return len(self.jobs)
+
+    def wait(self, mark: Any) -> None:
+        while self.done < (mark or 0):
+            job, words = self.jobs[self.done]
+            job(*words)
+            self.done += 1
+
+    def close(self) -> None:
+        self.wait(len(self.jobs))
+
+
+@pytest.mark.parametrize("algorithm", ["gzip", "uncompressed", "zstd"])
+def test_hashing_may_lag_behind(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late the hashing thread gets to its work, memory that it still needs is not written over."""
+    rng = random.Random(3)
+    data = b"".join(b"%d lines of text\n" % rng.randrange(1000) for _ in range(600_000))
+    tar = header(size=len(data)) + padded(data) + END
+    packed: dict[str, Callable[[bytes], bytes]] = {
+        "gzip": gzip.compress,
+        "uncompressed": bytes,
+        "zstd": zstandard.ZstdCompressor().compress,
+    }
+    blob = packed[algorithm](tar)
+    builder = ZtocBuilder(algorithm)
+    builder.feed(blob)
+    expected = builder.finish()
+    assert expected.diff_id == sha256_digest(tar)
+    monkeypatch.setattr(soci.build, "Hashing", LateHashing)
+    builder = ZtocBuilder(algorithm)
+    builder.feed(blob)
+    assert builder.finish() == expected
+
+
+def test_the_hashing_thread_ends() -> None:
+    """A builder that is done, and one that failed, leave no thread behind."""
+    before = threading.active_count()
+    blob = gzip.compress(header(size=1 << 20) + os.urandom(1 << 20) + END, 1)
+    builder = ZtocBuilder("gzip")
+    builder.feed(blob)
+    builder.finish()
+    assert threading.active_count() == before
+    builder = ZtocBuilder("gzip")
+    with pytest.raises(InvalidGzip):
+        builder.feed(blob[:600_000] + bytes(600_000))
+    assert threading.active_count() == before
+
+
 def test_the_time_zone_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are written in UTC, wherever a layer is indexed."""
     monkeypatch.setenv("TZ", "America/New_York")
@@ -197,7 +263,8 @@ def test_span_sizes_that_cannot_be() -> None:
         ("uncompressed", 2**63),
         ("gzip", -1),
         ("gzip", 2**63),
-        ("zstd", 1),
+        ("zstd", -1),
+        ("lz4", 1),
     ]
     for algorithm, span_size in wrong:
         with pytest.raises(InvalidInput):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soci import index as names
-from soci.digest import Digest
+from soci.digest import Digest, sha256_digest
 from soci.errors import InvalidManifest, NoZtoc
 from soci.index import IndexEntry, SociIndex, encode_index, parse_index, prefetch_entry, ztoc_entry
-from soci.oci import OCI_INDEX, OCI_LAYER_GZIP, OCI_MANIFEST, Descriptor, Platform
+from soci.oci import OCI_INDEX, OCI_LAYER_GZIP, OCI_LAYER_ZSTD, OCI_MANIFEST, Descriptor, Platform
 
 
 def digest(digit: str) -> Digest:
@@ -171,3 +171,17 @@ def test_any_index_parses_or_is_refused(layers: list[dict[str, Any]]) -> None:
         assert entry.ztoc.annotations[names.LAYER_DIGEST_ANNOTATION] == entry.layer
     if index.layers:
         assert parse_index(encode_index(index)) == index
+
+
+def test_zstd_layers_have_a_type_of_their_own() -> None:
+    """A zstd layer's zTOC is listed under our media type, which other readers leave out, and comes back with the rest."""
+    zstd = Descriptor(OCI_LAYER_ZSTD, sha256_digest(b"zstd layer"), 10)
+    gzip = Descriptor(OCI_LAYER_GZIP, sha256_digest(b"gzip layer"), 10)
+    entries = tuple(ztoc_entry(layer, sha256_digest(b"ztoc"), 5, 1 << 22) for layer in (zstd, gzip))
+    assert [entry.ztoc.media_type for entry in entries] == [
+        "application/vnd.sociable.ztoc.v1",
+        "application/octet-stream",
+    ]
+    found = parse_index(encode_index(SociIndex.v2(entries)))
+    assert found.layers == entries
+    assert found.of_layer(zstd.digest).span_size == 1 << 22

@@ -238,7 +238,7 @@ def test_mutated_compressed_bytes_raise_nothing_foreign(data: st.DataObject) -> 
         compressed[data.draw(st.integers(0, len(compressed) - 1))] = data.draw(st.integers(0, 255))
     start, end = spans.uncompressed(i)
     try:
-        assert len(inflate_span(ztoc, spans, i, compressed)) == end - start
+        assert len(inflate_span(ztoc, spans, i, bytes(compressed))) == end - start
     except InvalidGzip:
         return
 
@@ -247,9 +247,11 @@ def test_mutated_compressed_bytes_raise_nothing_foreign(data: st.DataObject) -> 
 def test_compressed_bytes_of_another_length(change: int) -> None:
     """A span's compressed bytes must be exactly those of the span."""
     ztoc = gzip_ztoc((10, 0, 0))
-    for ask in (lambda b: inflate_span(ztoc, Spans.of(ztoc), 0, b), lambda b: inflate_tail(ztoc, Spans.of(ztoc), b)):
-        with pytest.raises(Mismatch, match="compressed bytes"):
-            ask(bytes(990 + change))
+    spans, compressed = Spans.of(ztoc), bytes(990 + change)
+    with pytest.raises(Mismatch, match="compressed bytes"):
+        inflate_span(ztoc, spans, 0, compressed)
+    with pytest.raises(Mismatch, match="compressed bytes"):
+        inflate_tail(ztoc, spans, compressed)
 
 
 def raw(data: bytes, *, final: bool = True) -> bytes:

@@ -25,7 +25,7 @@ def walk(tar: bytes, *, compat: bool = False, step: int = 1 << 20) -> tuple[list
     walker = TarWalker(compat=compat)
     for start in range(0, len(tar), step):
         walker.feed(tar[start : start + step])
-    return walker.entries, walker.finish()
+    return list(walker.entries), walker.finish()
 
 
 def pull(tar: bytes) -> list[tuple[TocEntry, bytes]]:

@@ -360,3 +360,14 @@ def test_a_large_layer_takes_little_memory() -> None:
         tracemalloc.stop()
     assert len(tree) == 10_000 + 200 + 3
     assert kept < 200 * len(tree)
+
+
+def test_a_directory_that_was_replaced_is_forgotten() -> None:
+    """Once a file has taken a directory's place nothing can go into it, and a later directory there starts empty."""
+    before = [entry(b"a/b/f"), entry(b"a/b/g"), entry(b"a/b")]
+    with pytest.raises(InvalidZtoc, match="not a directory"):
+        LayerTree.of([*before, entry(b"a/b/h")])
+    tree = LayerTree.of([*before, entry(b"a/b/", "dir"), entry(b"a/b/h")])
+    directory = tree.find(b"a/b")
+    assert directory is not None
+    assert [name for name, _ in tree.children(directory)] == [b"h"]

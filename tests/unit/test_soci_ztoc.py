@@ -113,6 +113,7 @@ def entry(**changes: Any) -> TocEntry:
         ({"entries": (entry(size=-1),)}, "overlaps"),
         ({"entries": (entry(size=513),)}, "overlaps"),
         ({"entries": (entry(), entry(offset=1000))}, "overlaps"),
+        ({"entries": (entry(), entry(offset=1023, size=0))}, "overlaps"),
         ({"entries": (entry(type="symlink", offset=1025),)}, "overlaps"),
         ({"entries": (entry(type="odd"),)}, "unknown type"),
         ({"entries": (entry(name=b"n" * (1 << 20) + b"n"),)}, "name of more"),

@@ -57,6 +57,15 @@ def test(words: tuple[str, ...]) -> None:
 
 
 @dev.command()
+@click.argument("parser", required=False)
+@click.option("--runs", type=click.IntRange(1), help="Inputs a parser; without it as many as the tests do.")
+@click.option("--seed", default=0, show_default=True, help="Other seeds give other inputs.")
+def fuzz(*, parser: str | None, runs: int | None, seed: int) -> None:
+    """Feed broken inputs to PARSER, or to every parser of foreign bytes; what breaks one is kept in fuzz-failures/."""
+    sys.exit(checks.run_fuzz(parser, runs, seed))
+
+
+@dev.command()
 def lint() -> None:
     """Check style, format, types, package borders and generated code."""
     sys.exit(checks.run_lint())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -30,6 +31,25 @@ Add --upgrade to take newer versions. The next ./dev sees the change and makes .
 def run_tests(words: Sequence[str]) -> int:
     """Pytest with ``words``; its exit status."""
     return subprocess.run([sys.executable, "-m", "pytest", *words], cwd=CHECKOUT, check=False).returncode
+
+
+def run_fuzz(parser: str | None, runs: int | None, seed: int) -> int:
+    """Fuzz one parser, or all, one after the other; 1 if one of them failed. An unknown one is said to be so."""
+    tests = CHECKOUT / "tests"
+    names = [parser] if parser else sorted(_fuzz_targets(tests))
+    options = [*(["--runs", str(runs)] if runs else []), "--seed", str(seed), "--keep", str(CHECKOUT / "fuzz-failures")]
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # idle threads of numpy's would count as memory
+    failed = 0
+    for name in names:
+        command = [sys.executable, "-m", "fuzz.run", name, *options]
+        failed |= subprocess.run(command, cwd=tests, env=environment, check=False).returncode
+    return int(bool(failed))
+
+
+def _fuzz_targets(tests: Path) -> list[str]:
+    """The parsers that `fuzz.targets` knows. It is a program of the tests, which tools do not import."""
+    words = [sys.executable, "-c", "from fuzz.targets import TARGETS; print(*TARGETS)"]
+    return subprocess.run(words, cwd=tests, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
 
 
 def lint_commands(checkout: Path) -> dict[str, list[str]]:

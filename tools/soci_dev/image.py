@@ -10,15 +10,17 @@ import hashlib
 import io
 import json
 import platform
+import struct
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, cast
+from typing import IO, Any, Final, Literal, Protocol, cast
 
 import httpx
+import zstandard
 
 from soci.errors import Unavailable
 from soci_dev.tarball import Member, members_of
@@ -26,14 +28,20 @@ from soci_dev.tarball import Member, members_of
 MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
 CONFIG: Final = "application/vnd.oci.image.config.v1+json"
 LAYER_GZIP: Final = "application/vnd.oci.image.layer.v1.tar+gzip"
+LAYER_ZSTD: Final = "application/vnd.oci.image.layer.v1.tar+zstd"
 LAYER_TAR: Final = "application/vnd.oci.image.layer.v1.tar"
 GZIP_LEVEL: Final = 6
 """What Docker and most builders use."""
+ZSTD_LEVEL: Final = 3
+
+Compression = Literal["gzip", "zstd", "none"]
 
 _GZIP_WINDOW: Final = 31  # zlib: 15 bits of window, gzip framing; its header carries no time and no name
 _CHUNK: Final = 1 << 20
 _EPOCH: Final = "1970-01-01T00:00:00Z"
 _PUSH_TIMEOUT_S: Final = 120.0
+_SKIPPABLE: Final = 0x184D2A50  # a frame of the zstd format (RFC 8878 §3.1.2) that holds no data
+_MEDIA_TYPES: Final[Mapping[Compression, str]] = {"gzip": LAYER_GZIP, "zstd": LAYER_ZSTD, "none": LAYER_TAR}
 _ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -72,11 +80,24 @@ def architecture() -> str:
     return _ARCHITECTURES.get(platform.machine(), platform.machine())
 
 
-def add_layer(folder: Path, members: Iterable[Member], *, created_by: str = "", gzip: bool = True) -> Layer:
-    """Write a layer's blob into layout ``folder``, streaming."""
+def add_layer(
+    folder: Path,
+    members: Iterable[Member],
+    *,
+    created_by: str = "",
+    gzip: bool = True,
+    compression: Compression | None = None,
+    frame_bytes: int = 0,
+) -> Layer:
+    """Write a layer's blob into layout ``folder``, streaming.
+
+    ``compression`` goes before ``gzip``. A zstd layer is one frame, or with ``frame_bytes`` a frame for every so many
+    bytes of the tar, and a skippable frame behind them: how layers in the form zstd:chunked look from outside.
+    """
+    kind: Compression = compression or ("gzip" if gzip else "none")
     blobs = _blobs(folder)
     with tempfile.NamedTemporaryFile(dir=blobs, prefix=".layer-", delete=False) as file:
-        sink = _Sink(file, gzip=gzip)
+        sink = _Sink(file, _compressor(kind, frame_bytes))
         with tarfile.open(fileobj=cast("IO[bytes]", sink), mode="w|", format=tarfile.PAX_FORMAT, bufsize=_CHUNK) as tar:
             for info, content in members:
                 if isinstance(content, Path):
@@ -87,8 +108,7 @@ def add_layer(folder: Path, members: Iterable[Member], *, created_by: str = "", 
         size = sink.finish()
     digest = f"sha256:{sink.blob.hexdigest()}"
     Path(file.name).rename(blobs / digest.removeprefix("sha256:"))
-    media_type = LAYER_GZIP if gzip else LAYER_TAR
-    return Layer(digest, size, f"sha256:{sink.tar.hexdigest()}", media_type, created_by)
+    return Layer(digest, size, f"sha256:{sink.tar.hexdigest()}", _MEDIA_TYPES[kind], created_by)
 
 
 def add_tree(folder: Path, tree: Path, *, overlay: bool = False, created_by: str = "") -> Layer:
@@ -199,24 +219,71 @@ def _blob(folder: Path, digest: str) -> Path:
     return folder / "blobs" / "sha256" / digest.removeprefix("sha256:")
 
 
+class _Compressor(Protocol):
+    def compress(self, data: bytes, /) -> bytes: ...
+
+    def flush(self) -> bytes: ...
+
+
+class _Uncompressed:
+    def compress(self, data: bytes, /) -> bytes:
+        return data
+
+    def flush(self) -> bytes:
+        return b""
+
+
+class _Chunked:
+    """zstd, a frame for every ``frame_bytes`` of what comes in."""
+
+    def __init__(self, frame_bytes: int) -> None:
+        self._frame_bytes = frame_bytes
+        self._left = frame_bytes
+        self._zstd = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
+        self._frame = self._zstd.compressobj()
+
+    def compress(self, data: bytes, /) -> bytes:
+        out = []
+        while data:
+            part, data = data[: self._left], data[self._left :]
+            out.append(self._frame.compress(part))
+            self._left -= len(part)
+            if not self._left:
+                out.append(self._frame.flush())
+                self._frame, self._left = self._zstd.compressobj(), self._frame_bytes
+        return b"".join(out)
+
+    def flush(self) -> bytes:
+        last = self._frame.flush() if self._left < self._frame_bytes else b""
+        about = b"what a reader of such layers would look for"
+        return last + struct.pack("<II", _SKIPPABLE, len(about)) + about
+
+
+def _compressor(kind: Compression, frame_bytes: int) -> _Compressor:
+    if kind == "gzip":
+        return zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, _GZIP_WINDOW)
+    if kind == "none":
+        return _Uncompressed()
+    return _Chunked(frame_bytes) if frame_bytes else zstandard.ZstdCompressor(level=ZSTD_LEVEL).compressobj()
+
+
 class _Sink:
     """What tarfile writes to: hashes the tar, compresses, hashes and writes the blob."""
 
-    def __init__(self, file: IO[bytes], *, gzip: bool) -> None:
+    def __init__(self, file: IO[bytes], compressor: _Compressor) -> None:
         self.tar = hashlib.sha256()
         self.blob = hashlib.sha256()
         self._file = file
         self._size = 0
-        self._gzip = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, _GZIP_WINDOW) if gzip else None
+        self._compressor = compressor
 
     def write(self, data: bytes) -> int:
         self.tar.update(data)
-        self._out(self._gzip.compress(data) if self._gzip else data)
+        self._out(self._compressor.compress(data))
         return len(data)
 
     def finish(self) -> int:
-        if self._gzip:
-            self._out(self._gzip.flush())
+        self._out(self._compressor.flush())
         return self._size
 
     def _out(self, data: bytes) -> None:

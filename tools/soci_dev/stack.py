@@ -68,6 +68,7 @@ class Stack:
         cri: whether its CRI plugin is on, on the same socket.
         flags: more command-line words by service, as ``{"fetcher": ["--log-level", "debug"]}``.
         environment: more environment variables of our services.
+        registry_settings: more tables of the registries' configuration.
         progress: is told in a few words what happens.
 
     Raises `FailedPrecondition` (not root, folder in use, wrong file system), `Unavailable` or `DeadlineExceeded`
@@ -85,6 +86,7 @@ class Stack:
         cri: bool = False,
         flags: Mapping[str, Sequence[str]] | None = None,
         environment: Mapping[str, str] | None = None,
+        registry_settings: Mapping[str, object] | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         if not 0 <= fetchers <= MAX_FETCHERS or set(services) - set(SERVICES):
@@ -114,6 +116,7 @@ class Stack:
         )
         self._flags = dict(flags or {})
         self._environment = {**os.environ, **(environment or {})}
+        self._registry_settings = dict(registry_settings or {})
         self._progress = progress
         self._starters: dict[str, Callable[[], Daemon]] = {}
         self._waits: dict[str, Callable[[Daemon], None]] = {}
@@ -281,13 +284,13 @@ class Stack:
         name = "registry" if number == 0 else f"registry-{number + 1}"
         address = self.registries[number]
         config = self.folder / f"{name}.json"  # JSON is YAML
-        settings = {
+        settings: dict[str, object] = {
             "version": "0.1",
             "log": {"level": "warn"},
             "http": {"addr": address, "secret": name},
             "storage": {"delete": {"enabled": True}, "filesystem": {"rootdirectory": str(self.folder / name)}},
         }
-        config.write_text(json.dumps(settings))
+        config.write_text(json.dumps(settings | self._registry_settings))
         environment = {key: value for key, value in self._environment.items() if not key.startswith("REGISTRY_")}
         command: list[str | Path] = [find("docker-registry"), "serve", config]
         self._starters[name] = lambda: self._daemon(name, command, environment)

@@ -15,6 +15,11 @@ from soci_bus.wire import Envelope
 
 MISSES_SHOWN = 10_000
 """Misses of one launch that are kept as a list; all are counted."""
+FAILURES_SHOWN = 1_000
+"""Failures of one launch that are kept as texts."""
+LAYERS_SHOWN = 1_000
+"""Layers of one launch that are told apart: many times what an image may have. The rest is counted together."""
+OTHER_LAYERS = Digest("")
 
 
 @dataclass(slots=True)
@@ -72,10 +77,12 @@ class LaunchView:
 
     def layer(self, digest: Digest) -> LayerView:
         """The layer's view; one that a launch only reads was shown by an earlier one."""
+        if len(self.layers) >= LAYERS_SHOWN and all(view.layer != digest for view in self.layers):
+            digest = OTHER_LAYERS
         for view in self.layers:
             if view.layer == digest:
                 return view
-        view = LayerView(digest, "lazy", "shown by an earlier launch")
+        view = LayerView(digest, "lazy", "shown by an earlier launch" if digest else "all further layers")
         self.layers.append(view)
         return view
 
@@ -112,7 +119,7 @@ def _apply(view: LaunchView, envelope: Envelope, at: float) -> None:  # noqa: C9
             layer = view.layer(event.layer)
             layer.mode, layer.why, layer.size, layer.seconds = event.mode, event.why, event.size, event.seconds
         case events.ContainerPrepared():
-            view.container_at = at
+            view.container_at = at if view.container_at is None else view.container_at
         case events.Missed() as event:
             view.miss_count += 1
             view.waited += event.seconds
@@ -129,7 +136,8 @@ def _apply(view: LaunchView, envelope: Envelope, at: float) -> None:  # noqa: C9
         case events.SpanRejected():
             view.rejected_spans += 1
         case events.FetchFailed() as event:
-            view.failures.append(f"{event.what} of {event.layer}: {event.why}")
+            if len(view.failures) < FAILURES_SHOWN:
+                view.failures.append(f"{event.what} of {event.layer}: {event.why}")
         case _:
             pass
 

@@ -77,37 +77,35 @@ class Worker:
         return message
 
     async def _one(self, message: Msg) -> None:
-        verb = self._cls.verb
+        try:
+            job = wire.decode(message.data, self._cls)
+        except InvalidMessage as error:
+            self._trouble(f"a {self._cls.verb} job does not parse and is dropped", error)
+            with suppress(*FOREIGN):
+                await message.term()
+            return
         try:
             async with asyncio.TaskGroup() as group, asyncio.timeout(JOB_LIMIT):
                 beat = group.create_task(_still_here(message))
                 try:
-                    await self._handler(wire.decode(message.data, self._cls), message.subject.rpartition(".")[2])
+                    await self._handler(job, message.subject.rpartition(".")[2])
                 finally:
                     beat.cancel()
         except asyncio.CancelledError:
             with suppress(*FOREIGN):
                 await message.nak()  # at once to another worker: this one is going down
             raise
-        except BaseExceptionGroup as group_error:
-            # One job's failure must not end the worker.
-            await self._failed(message, group_error)
-        except Exception as error:  # noqa: BLE001
-            await self._failed(message, error)
+        except ExceptionGroup as group_error:  # one job's failure must not end the worker
+            await self._failed(message, group_error.exceptions[0])
         else:
             with suppress(*FOREIGN):
                 await message.ack()
-        del verb
 
-    async def _failed(self, message: Msg, error: BaseException) -> None:
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
+    async def _failed(self, message: Msg, error: Exception) -> None:
         last = message.metadata.num_delivered >= JOB_TRIES
-        parses = not isinstance(error, InvalidMessage)
-        what = f"a {self._cls.verb} job " + ("failed" if parses else "does not parse")
-        self._trouble(what + (" and is dropped" if last or not parses else ""), error)
+        self._trouble(f"a {self._cls.verb} job failed" + (" for the last time and is dropped" if last else ""), error)
         with suppress(*FOREIGN):
-            if last or not parses:
+            if last:
                 await message.term()
             else:
                 await message.nak(delay=RETRY_WAIT)

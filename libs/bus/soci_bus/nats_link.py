@@ -45,6 +45,7 @@ SCHEMES = ("nats", "tls", "ws", "wss")
 Trouble = Callable[[str, BaseException | None], None]
 FOREIGN: tuple[type[Exception], ...] = (nats.errors.Error, nats.js.errors.Error, TimeoutError, OSError)
 """What nats-py raises where the other side, not we, is at fault."""
+_NO_STREAMS: tuple[type[Exception], ...] = (*FOREIGN, BusUnavailable)
 
 
 class Once:
@@ -78,6 +79,11 @@ def check_url(url: str) -> None:
             raise InvalidInput(f"not the address of a NATS server (nats://host:4222): {one[:200]!r}")
 
 
+def hosts(url: str) -> str:
+    """The servers in ``url`` without the passwords that may be in it."""
+    return ",".join(one.strip().rpartition("@")[2].rpartition("//")[2] for one in url.split(","))
+
+
 class Link:
     """One connection. `run` and `keep_streams` are its two standing tasks."""
 
@@ -93,6 +99,8 @@ class Link:
         self._came = asyncio.Event()
         self._wanted: list[Callable[[], Awaitable[None]]] = []
         self._asks: set[asyncio.Timeout] = set()
+        self._losses = 0
+        self._away = Once(trouble)
         self._no_streams = ""
 
     # --- the connection
@@ -116,7 +124,7 @@ class Link:
                 while self._wanted:
                     await self._wanted[0]()
                     del self._wanted[0]
-                    await self.client.flush()
+                    await self.settle()
             except FOREIGN as problem:
                 once.tell("NATS does not take a subscription yet", problem)
                 await asyncio.sleep(RETRY_WAIT)
@@ -125,6 +133,7 @@ class Link:
                 self._down.clear()
                 self.up.set()
             once.over()
+            self._away.over()
             await self._came.wait()
 
     async def _lost(self) -> None:
@@ -132,9 +141,10 @@ class Link:
         self.up.clear()
         self.streams.clear()
         self._down.set()
+        self._losses += 1
         for ask in self._asks:  # its answer is lost, and to ask again is cheaper than to wait
-            ask.reschedule(0)
-        self._asks.clear()
+            if not ask.expired():
+                ask.reschedule(0)
         if was_up and not self.client.is_closed:
             self._trouble("NATS is away, reconnecting", None)
 
@@ -143,15 +153,17 @@ class Link:
         self._trouble("NATS is back", None)
 
     async def _error(self, problem: Exception) -> None:
-        if self.up.is_set():  # while it is away there is nothing new to say
+        if self.up.is_set():
             self._trouble("NATS", problem)
+        else:  # four tries a second: what keeps us away is told once
+            self._away.tell(f"NATS at {hosts(self._url)} cannot be reached", problem)
 
     async def subscribe(self, make: Callable[[], Awaitable[None]]) -> None:
         """Make a subscription: now where NATS is there, else as soon as it is."""
         if self.up.is_set():
             try:
                 await make()
-                await self.client.flush()
+                await self.settle()
             except FOREIGN as problem:
                 if self.client.is_closed:
                     raise BusUnavailable("the bus is closed") from problem
@@ -165,18 +177,29 @@ class Link:
         """A block that ends with `BusUnavailable` where NATS goes away in it or does not come within
         `RECONNECT_GRACE`, and with TimeoutError after ``timeout`` seconds in all.
         """
+        losses = self._losses
         try:
             async with asyncio.timeout(timeout) as whole:
                 await self._stands(self.up, what)
+                losses = self._losses
                 self._asks.add(whole)
                 try:
                     yield
                 finally:
                     self._asks.discard(whole)
         except TimeoutError as error:
-            if not self.up.is_set():
+            if self._losses != losses or not self.up.is_set():
                 raise BusUnavailable(f"{what}: NATS is away") from error
             raise
+
+    async def settle(self) -> None:
+        """Return once the server has taken every subscription made before.
+
+        nats-py writes flush's PING at once, but a subscription only in its next round: the PING overtakes it, and its
+        PONG says nothing. The second PING comes behind.
+        """
+        await self.client.flush()
+        await self.client.flush()
 
     async def stands(self, what: str) -> None:
         """Wait `RECONNECT_GRACE` at most until NATS is there; `BusUnavailable`."""
@@ -208,7 +231,7 @@ class Link:
             await self.up.wait()
             try:
                 await make_streams(self.jetstream)
-            except (*FOREIGN, BusUnavailable) as problem:
+            except _NO_STREAMS as problem:
                 self._no_streams = str(problem) or type(problem).__name__
                 if self.up.is_set():
                     once.tell("NATS is there, its JetStream is not yet", problem)
@@ -236,6 +259,7 @@ async def make_streams(jetstream: JetStreamContext) -> None:
         subjects=["soci.job.>"],
         retention=api.RetentionPolicy.WORK_QUEUE,
         max_bytes=JOBS_BYTES,
+        discard=api.DiscardPolicy.NEW,  # who submits one too many is told; nobody's older job is dropped for it
         max_age=JOBS_AGE,
         storage=api.StorageType.FILE,
         duplicate_window=DUPLICATES_WINDOW,

@@ -48,6 +48,11 @@ def _exactly(*kinds: type) -> Callable[[Any, Any], Any]:
     return hook
 
 
+def _is_tuple(kind: Any) -> bool:
+    origin: Any = get_origin(kind)
+    return origin is tuple
+
+
 def _tuple(value: Any, kind: Any) -> tuple[Any, ...]:
     if type(value) is not list:
         raise ValueError("not a list")
@@ -65,7 +70,7 @@ _converter.register_structure_hook(float, _exactly(float, int))
 # Digests become paths and launch ids become subjects: one that is none must not get past here.
 _converter.register_structure_hook(Digest, lambda value, _: parse_digest(value))
 _converter.register_structure_hook(LaunchId, lambda value, _: parse_launch_id(_exactly(str)(value, str)))
-_converter.register_structure_hook_func(lambda kind: get_origin(kind) is tuple, _tuple)
+_converter.register_structure_hook_func(_is_tuple, _tuple)
 
 
 def token(text: str) -> str:
@@ -114,6 +119,8 @@ def decode(body: bytes, cls: type[Value]) -> Value:
         raise InvalidMessage(f"a {cls.__name__} of {len(body)} bytes; a message holds {MESSAGE_LIMIT}")
     try:
         plain = msgpack.unpackb(body, raw=False)
+        if type(plain) is not dict:
+            raise ValueError("not a map")
         return _converter.structure(plain, cls)
     except (ValueError, TypeError, KeyError, InvalidInput, msgpack.UnpackException) as error:
         raise InvalidMessage(f"not a {cls.__name__}: {type(error).__name__} {str(error)[:100]}") from error

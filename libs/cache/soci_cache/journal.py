@@ -13,8 +13,8 @@ import struct
 import zlib
 
 RECORD = struct.Struct("<II32s")
-JOURNAL_LIMIT = 64 << 20
-"""Bytes of a journal that are read: many times what a layer's spans need."""
+JOURNAL_LIMIT = 16 << 20
+"""Bytes of a journal that are read: three times what the most spans of a layer need."""
 
 
 def encode_record(span: int, sha256: bytes) -> bytes:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -25,8 +26,12 @@ class LayerReader:
         self.layer = layer
         self.ztoc = ztoc
         self.spans = Spans.of(ztoc)
-        self._presence = Presence(place / "spans", writable=False)
-        self._tar = os.open(place / "layer.tar", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._presence = _presence(place, self.spans, writable=False)
+        try:
+            self._tar = os.open(place / "layer.tar", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except BaseException:
+            self._presence.close()
+            raise
 
     def present(self, span: int) -> bool:
         """Is the span here?"""
@@ -43,9 +48,12 @@ class LayerReader:
     def pread(self, length: int, offset: int) -> bytes:
         """``length`` bytes of the uncompressed tar at ``offset``; the caller has seen that their spans are here.
 
-        A short read means a damaged file and is `Mismatch`: never a wrong byte.
+        A short read means a damaged file and is `Mismatch`: never a wrong byte. `SociError` where the disk fails.
         """
-        data = os.pread(self._tar, length, offset)
+        try:
+            data = os.pread(self._tar, length, offset)
+        except OSError as error:
+            raise SociError(f"{self.directory}/layer.tar: {error}") from error
         if len(data) != length:
             raise Mismatch(f"{self.directory}/layer.tar is cut short: {len(data)} of {length} bytes at {offset}")
         return data
@@ -76,9 +84,23 @@ class LayerWriter:
         self.layer = layer
         self.ztoc = ztoc
         self.spans = Spans.of(ztoc)
-        self._presence = Presence(place / "spans", writable=True)
-        self._tar = os.open(place / "layer.tar", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        self._journal = os.open(place / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._presence = _presence(place, self.spans, writable=True)
+        self._tar = self._journal = -1
+        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            self._tar = os.open(place / "layer.tar", flags)
+            self._journal = os.open(place / "journal", flags | os.O_APPEND | os.O_CREAT, 0o600)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def current(self) -> bool:
+        """Are these still the layer's files? Not where the folder was deleted or made anew: then open it again."""
+        try:
+            found = (self.directory / "spans").stat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._presence.file
 
     def present(self, span: int) -> bool:
         """Is the span here?"""
@@ -97,28 +119,61 @@ class LayerWriter:
         start, end = self.spans.uncompressed(span)
         if len(uncompressed) != end - start:
             raise Mismatch(f"span {span} of {self.layer} has {len(uncompressed)} bytes, not {end - start}")
+        self.fill_pieces(span, (uncompressed,))
+
+    def fill_pieces(self, span: int, pieces: Iterable[bytes | memoryview]) -> None:
+        """As `fill`, of a span that is too large for memory.
+
+        What the pieces are made of must have been checked before the first of them is taken: another process may
+        have marked the span meanwhile, and readers may be at it. Raises `Mismatch` where they are too few or too many,
+        and what ``pieces`` raises; the span then stays as it was.
+        """
+        start, end = self.spans.uncompressed(span)
+        state = hashlib.sha256()
+        at = start
         try:
-            _pwrite_all(self._tar, uncompressed, start)
-            _write_all(self._journal, encode_record(span, hashlib.sha256(uncompressed).digest()))
+            for piece in pieces:
+                if at + len(piece) > end:
+                    break
+                state.update(piece)
+                _pwrite_all(self._tar, piece, at)
+                at += len(piece)
+            else:
+                if at == end:
+                    _write_all(self._journal, encode_record(span, state.digest()))
+                    self._presence.mark(span)
+                    return
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise LimitExceeded(f"the disk of the span cache is full ({self.directory})") from error
             raise SociError(f"{self.directory}: {error}") from error
-        self._presence.mark(span)
+        raise Mismatch(f"span {span} of {self.layer} has not the {end - start} bytes that it should have")
 
     def close(self) -> None:
-        """Let go of the files; closing twice is fine."""
+        """Let go of the files; closing twice is fine. Nothing may be filling meanwhile."""
         if self._tar >= 0:
-            os.close(self._tar)
-            os.close(self._journal)
-            self._tar = -1
-            self._presence.close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        for descriptor in (self._tar, self._journal):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._tar = self._journal = -1
+        self._presence.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _presence(place: Path, spans: Spans, *, writable: bool) -> Presence:
+    presence = Presence(place / "spans", writable=writable)
+    if presence.count != spans.count:
+        presence.close()
+        raise Mismatch(f"{place}/spans has {presence.count} spans, the layer {spans.count}")
+    return presence
 
 
 def _pwrite_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

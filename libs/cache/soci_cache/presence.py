@@ -48,7 +48,8 @@ class Presence:
         """Raises `InvalidInput` where the file is not a map; OSError where there is none."""
         descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            size = os.fstat(descriptor).st_size
+            found = os.fstat(descriptor)
+            size = found.st_size
             if not HEADER <= size <= HEADER + SPANS_LIMIT:
                 raise InvalidInput(f"{path}: {size} bytes are no presence map")
             self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
@@ -59,6 +60,7 @@ class Presence:
             self._map.close()
             raise InvalidInput(f"{path}: not a presence map of version {VERSION}")
         self.boot = boot.decode(errors="replace")
+        self.file = (found.st_dev, found.st_ino)
 
     def __getitem__(self, span: int) -> bool:
         if not 0 <= span < self.count:
@@ -66,7 +68,9 @@ class Presence:
         return self._map[HEADER + span] == HERE
 
     def missing(self, spans: range) -> list[int]:
-        """Those of ``spans`` that are absent."""
+        """Those of ``spans`` that are absent; IndexError where the layer has not all of them."""
+        if not 0 <= spans.start <= spans.stop <= self.count or spans.step != 1:
+            raise IndexError(spans)
         marks = self._map[HEADER + spans.start : HEADER + spans.stop]
         return [spans.start + i for i, mark in enumerate(marks) if mark != HERE]
 

@@ -13,135 +13,187 @@ somebody else's table of contents. The folder is made whole and renamed into pla
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from soci.digest import Digest, hex_of
-from soci.errors import Mismatch, NotFound, SociError, Unavailable
+from soci.digest import Digest, hex_of, new_hash, parse_digest
+from soci.errors import InvalidInput, LimitExceeded, Mismatch, NotFound, Unavailable
 from soci.span import Spans
 from soci.toc import Ztoc
 from soci.ztoc import parse_ztoc
 from soci_cache.journal import JOURNAL_LIMIT, encode_record, parse_journal
 from soci_cache.layer import LayerReader, LayerWriter
-from soci_cache.presence import Presence, boot_id, new_map
+from soci_cache.presence import HEADER, HERE, Presence, boot_id, new_map
 
 CACHE_TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n# Sociable's span cache: safe to delete while it is stopped.\n"
 )
 ZTOC_LIMIT = 512 << 20
 """Bytes of a zTOC that we keep or read."""
+DRAFT = ".new-"
+"""How the names of half-made folders begin."""
+DRAFT_STALE = 3600.0
+"""Seconds after which a half-made folder is somebody's who was killed."""
+PIECE = 1 << 20
+"""Bytes of ``layer.tar`` that are digested at a time."""
 
 
 class LayerStore:
-    """All layers of one node's cache. Methods block on the disk: call them in a thread where that matters."""
+    """All layers of one node's cache. Methods block on the disk: call them in a thread where that matters.
+
+    Every way to open a layer first sees to it that what its map says is true for this boot (see `_settle`).
+    """
 
     def __init__(self, cache: Path) -> None:
         self._layers = cache / "layers"
 
     def directory(self, layer: Digest, ztoc: Digest) -> Path:
-        """Where the layer's files are, or would be."""
-        return self._layers / hex_of(layer) / hex_of(ztoc)
+        """Where the layer's files are, or would be. `InvalidDigest` for a text that is none: it would be a path."""
+        return self._layers / hex_of(parse_digest(layer)) / hex_of(parse_digest(ztoc))
 
     def prepare(self, layer: Digest, ztoc: Digest, content: bytes | None) -> LayerReader:
         """Have the layer's folder, and trust only what is proven to be in it.
 
-        ``content`` is the zTOC blob; None asks for a layer that is here already (`NotFound` otherwise). After
-        another boot each span of the journal is digested again before it counts as here.
-        Raises `Mismatch` for a wrong digest, `InvalidZtoc` for a zTOC that cannot be mounted.
+        ``content`` is the zTOC blob; None asks for a layer that is here already: `NotFound` where it is not, or its
+        zTOC is damaged, which ``content`` then mends. After another boot each span of the journal is digested again
+        before it counts as here. Raises `Mismatch` for a wrong digest, `InvalidZtoc` for a zTOC that cannot be
+        mounted, `LimitExceeded` where the disk is full.
         """
         place = self.directory(layer, ztoc)
-        if not (place / "spans").exists():
-            if content is None:
-                raise NotFound(f"{layer} is not in the cache")
+        if content is not None and not (place / "spans").exists():
             self._make(place, ztoc, content)
         with _locked(place):
-            presence = Presence(place / "spans", writable=False)
-            old = presence.boot != boot_id()
-            presence.close()
-            if old:
-                _verify(place, Spans.of(_read_ztoc(place, ztoc)))
-        return self.read(layer, ztoc)
+            return LayerReader(place, layer, _settle(place, ztoc, content))
 
     def read(self, layer: Digest, ztoc: Digest) -> LayerReader:
         """Open a prepared layer for reading; `NotFound` where there is none."""
-        place = self.directory(layer, ztoc)
-        try:
-            return LayerReader(place, layer, _read_ztoc(place, ztoc))
-        except FileNotFoundError as error:
-            raise NotFound(f"{layer} with zTOC {ztoc} is not in the cache") from error
+        return self.prepare(layer, ztoc, None)
 
     def write(self, layer: Digest, ztoc: Digest) -> LayerWriter:
         """Open a prepared layer for filling; `NotFound` where there is none."""
         place = self.directory(layer, ztoc)
-        try:
-            return LayerWriter(place, layer, _read_ztoc(place, ztoc))
-        except FileNotFoundError as error:
-            raise NotFound(f"{layer} with zTOC {ztoc} is not in the cache") from error
+        with _locked(place):
+            return LayerWriter(place, layer, _settle(place, ztoc, None))
 
     def _make(self, place: Path, ztoc: Digest, content: bytes) -> None:
-        if hashlib.new(ztoc.partition(":")[0], content).hexdigest() != hex_of(ztoc):
-            raise Mismatch(f"the zTOC blob is not {ztoc}")
-        table = parse_ztoc(content)
+        table = _checked(content, ztoc)
         spans = Spans.of(table)
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        tag = self._layers.parent / "CACHEDIR.TAG"
-        if not tag.exists():
-            tag.write_text(CACHE_TAG, encoding="ascii")
-        draft = Path(tempfile.mkdtemp(prefix=".new-", dir=place.parent))
-        try:
-            (draft / "ztoc").write_bytes(content)
-            (draft / "spans").write_bytes(new_map(spans.count, boot_id()))
-            (draft / "journal").touch()
-            with (draft / "layer.tar").open("wb") as file:
-                file.truncate(table.uncompressed_size)
-            for name in ("ztoc", "spans"):
-                _sync(draft / name)
-            _sync(draft)
-            draft.rename(place)
-        except FileExistsError:
-            shutil.rmtree(draft)
-        except OSError as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            if place.exists():  # ENOTEMPTY: another fetcher was faster, with the same bytes
-                return
-            raise Unavailable(f"the span cache cannot take the layer: {error}") from error
+        with _disk(place):
+            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            tag = self._layers.parent / "CACHEDIR.TAG"
+            if not tag.exists():
+                tag.write_text(CACHE_TAG, encoding="ascii")
+            _remove_drafts(place.parent)
+            draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=place.parent))
+            try:
+                (draft / "ztoc").write_bytes(content)
+                (draft / "spans").write_bytes(new_map(spans.count, boot_id()))
+                (draft / "journal").touch()
+                with (draft / "layer.tar").open("wb") as file:
+                    file.truncate(table.uncompressed_size)
+                for name in ("ztoc", "spans"):
+                    _sync(draft / name)
+                _sync(draft)
+                draft.rename(place)
+            except BaseException as error:
+                shutil.rmtree(draft, ignore_errors=True)
+                if isinstance(error, OSError) and place.is_dir():  # another fetcher was faster, with the same bytes
+                    return
+                raise
+
+
+def _settle(place: Path, ztoc: Digest, content: bytes | None) -> Ztoc:
+    """See to it that zTOC, map and journal of a locked folder agree and are of this boot; returns the zTOC.
+
+    What a crash left behind is mended: a damaged zTOC from ``content``, a damaged or old map from the journal.
+    """
+    try:
+        table = _read_ztoc(place, ztoc)
+    except (FileNotFoundError, Mismatch) as error:
+        if content is None:
+            raise NotFound(f"{place} has no whole zTOC: it must be fetched again") from error
+        table = _checked(content, ztoc)
+        _replace(place, "ztoc", content)
+    spans = Spans.of(table)
+    if not _map_is_good(place, spans.count):
+        _verify(place, spans)
+    return table
+
+
+def _map_is_good(place: Path, count: int) -> bool:
+    try:
+        presence = Presence(place / "spans", writable=False)
+    except (InvalidInput, FileNotFoundError):
+        return False
+    presence.close()
+    return presence.boot == boot_id() and presence.count == count and (place / "layer.tar").exists()
+
+
+def _checked(content: bytes, ztoc: Digest) -> Ztoc:
+    state = new_hash(ztoc)
+    state.update(content)
+    if state.hexdigest() != hex_of(ztoc):
+        raise Mismatch(f"the zTOC blob is not {ztoc}")
+    return parse_ztoc(content)
 
 
 def _read_ztoc(place: Path, ztoc: Digest) -> Ztoc:
-    path = place / "ztoc"
-    with path.open("rb") as file:
+    with (place / "ztoc").open("rb") as file:
         if os.fstat(file.fileno()).st_size > ZTOC_LIMIT:
-            raise Mismatch(f"{path} is larger than a zTOC may be")
-        content = file.read()
-    if hashlib.new(ztoc.partition(":")[0], content).hexdigest() != hex_of(ztoc):
-        raise Mismatch(f"{path} is damaged: it is not {ztoc}; delete {place} to have it fetched again")
-    return parse_ztoc(content)
+            raise Mismatch(f"{place}/ztoc is larger than a zTOC may be")
+        return _checked(file.read(), ztoc)
 
 
 def _verify(place: Path, spans: Spans) -> None:
     """Decide span by span, from journal and bytes, what is here; then the map and journal say only that."""
-    with (place / "journal").open("rb") as file:
+    promised: dict[int, bytes] = {}
+    with suppress(FileNotFoundError), (place / "journal").open("rb") as file:
         promised = parse_journal(file.read(JOURNAL_LIMIT), spans.count)
     fresh = bytearray(new_map(spans.count, boot_id()))
     journal = bytearray()
-    with (place / "layer.tar").open("rb") as tar:
+    with (place / "layer.tar").open("a+b") as tar:
+        tar.truncate(spans.uncompressed_size)
         for span, sha256 in sorted(promised.items()):
-            start, end = spans.uncompressed(span)
-            tar.seek(start)
-            if hashlib.sha256(tar.read(end - start)).digest() == sha256:
-                fresh[len(fresh) - spans.count + span] = 1
+            if _digest(tar.fileno(), *spans.uncompressed(span)) == sha256:
+                fresh[HEADER + span] = HERE
                 journal += encode_record(span, sha256)
-    for name, content in (("journal", journal), ("spans", fresh)):
-        draft = place / f".{name}"
-        draft.write_bytes(content)
-        _sync(draft)
-        draft.rename(place / name)
+    _replace(place, "journal", journal)
+    _replace(place, "spans", fresh)
+
+
+def _digest(descriptor: int, start: int, end: int) -> bytes | None:
+    """The SHA-256 of a file's bytes, piece by piece: a span may have as many as memory. None where it ends before."""
+    state = hashlib.sha256()
+    while start < end:
+        piece = os.pread(descriptor, min(end - start, PIECE), start)
+        if not piece:
+            return None
+        state.update(piece)
+        start += len(piece)
+    return state.digest()
+
+
+def _replace(place: Path, name: str, content: bytes | bytearray) -> None:
+    draft = place / f".{name}"
+    draft.write_bytes(content)
+    _sync(draft)
+    draft.rename(place / name)
+
+
+def _remove_drafts(folder: Path) -> None:
+    """Delete what killed processes left half made."""
+    for draft in folder.glob(DRAFT + "*"):
+        with suppress(OSError):
+            if draft.stat().st_mtime < time.time() - DRAFT_STALE:
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -155,11 +207,24 @@ def _sync(path: Path) -> None:
 @contextmanager
 def _locked(place: Path) -> Iterator[None]:
     """Hold the folder's own lock: only among processes of this node, only while its disk is looked at."""
-    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with _disk(place):
+        try:
+            descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise NotFound(f"{place} is not in the cache") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _disk(place: Path) -> Iterator[None]:
+    """The border where what the disk refuses becomes ours."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     except OSError as error:
-        raise SociError(f"{place}: {error}") from error
-    finally:
-        os.close(descriptor)
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise LimitExceeded(f"the disk of the span cache is full ({place})") from error
+        raise Unavailable(f"the span cache cannot be used: {place}: {error}") from error

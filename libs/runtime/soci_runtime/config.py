@@ -7,6 +7,7 @@ What only Sociable has stands in the table ``[sociable]``. Flags beat the enviro
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import socket
@@ -24,6 +25,9 @@ DEFAULT_FILE = Path("/etc/soci-snapshotter-grpc/config.toml")
 DEFAULT_NATS = "nats://127.0.0.1:4222"
 CONFIG_LIMIT = 1 << 20
 """Bytes of a configuration file."""
+MOST_SPAN_ATTEMPTS = 100
+LONGEST_SECONDS = 86_400.0
+"""The longest of the times that may be set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,9 @@ class Config:
     index_failure_ttl: float = 30.0  # [sociable] index_failure_ttl_sec: so long a failed look-up is not repeated
     span_attempts: int = 3  # [blob] max_span_verification_retries + 1: tries for a span that does not match its digest
     plain_http: tuple[str, ...] = ()  # [sociable] plain_http: registry hosts spoken to without TLS
+    webhook_address: str = ""  # [sociable] webhook_address: where registries tell the indexer of pushes; empty: nowhere
+    webhook_token: str = dataclasses.field(default="", repr=False)  # [sociable] webhook_token: what they must know
+    webhook_registry: str = ""  # [sociable] webhook_registry: the registry's name; empty: the one that pushes went to
 
     @property
     def cache(self) -> Path:
@@ -68,6 +75,9 @@ _KEYS: dict[str, str] = {
     "sociable.read_deadline_sec": "read_deadline",
     "sociable.index_failure_ttl_sec": "index_failure_ttl",
     "sociable.plain_http": "plain_http",
+    "sociable.webhook_address": "webhook_address",
+    "sociable.webhook_token": "webhook_token",
+    "sociable.webhook_registry": "webhook_registry",
     "blob.max_span_verification_retries": "span_attempts",
 }
 _ENVIRONMENT = {
@@ -114,6 +124,11 @@ def parse_config(text: str, where: str) -> dict[str, Any]:
         flat = _flatten(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise InvalidConfig(f"{where}: {error}") from error
+    # The reference's file may hold much that we have no use for; our own table holds what we know, or a slip.
+    unknown = sorted(key for key in flat if key.split(".")[0] == "sociable" and key not in _KEYS)
+    if unknown:
+        known = ", ".join(key.removeprefix("sociable.") for key in _KEYS if key.startswith("sociable."))
+        raise InvalidConfig(f"{where}: {unknown[0]} is no setting; [sociable] has {known}")
     found: dict[str, Any] = {}
     for key, field in _KEYS.items():
         if key not in flat:
@@ -133,14 +148,15 @@ def _check(config: Config) -> Config:
     node = config.node or re.sub(r"[^A-Za-z0-9_-]+", "_", socket.gethostname())[:64] or "node"
     if not _NODE.fullmatch(node):
         raise InvalidConfig(f"node {config.node!r} is not 1 to 64 letters, digits, '-' or '_'")
-    for field, low in (
-        ("mount_timeout", 0.1),
-        ("read_deadline", 0.1),
-        ("index_failure_ttl", 0.0),
-        ("min_layer_size", 0),
+    for field, low, high in (
+        ("mount_timeout", 0.1, LONGEST_SECONDS),
+        ("read_deadline", 0.1, LONGEST_SECONDS),
+        ("index_failure_ttl", 0.0, LONGEST_SECONDS),
+        ("min_layer_size", 0, 1 << 62),
+        ("span_attempts", 1, MOST_SPAN_ATTEMPTS),
     ):
-        if getattr(config, field) < low:
-            raise InvalidConfig(f"{field} must be at least {low}, not {getattr(config, field)}")
+        if not low <= getattr(config, field) <= high:  # so written that a TOML nan is refused too
+            raise InvalidConfig(f"{field} must be between {low} and {high}, not {getattr(config, field)}")
     address = config.address.removeprefix("unix://")
     if not address.startswith("/") or len(address.encode()) > 107:  # sun_path of unix(7), with its NUL
         raise InvalidConfig(f"address {config.address!r} is not an absolute socket path of at most 107 bytes")

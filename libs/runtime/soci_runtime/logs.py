@@ -22,7 +22,8 @@ def _stamp(_logger: Any, level: str, fields: MutableMapping[str, Any]) -> Mutabl
     if isinstance(error, BaseException):
         fields["error"] = str(error) or type(error).__name__
         fields["error_type"] = type(error).__name__
-    return {"level": level, "msg": fields.pop("event"), "time": f"{whole}.{now % 1_000_000_000:09d}Z", **fields}
+    line = {"level": level, "msg": fields.pop("event"), "time": f"{whole}.{now % 1_000_000_000:09d}Z"}
+    return line | {key: value for key, value in fields.items() if key not in line}
 
 
 def configure_logs(level: str, service: str) -> None:
@@ -32,7 +33,8 @@ def configure_logs(level: str, service: str) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.format_exc_info,
             _stamp,
-            structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
+            # ASCII: a file name that is no UTF-8 must not fail the line, nor a terminal that speaks another tongue.
+            structlog.processors.JSONRenderer(ensure_ascii=True, default=str),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stdout),

@@ -19,6 +19,9 @@ from soci_runtime.config import Config, load_config
 from soci_runtime.logs import configure_logs, log
 from soci_runtime.tracing import configure_tracing, stop_tracing
 
+NOTIFY_TIMEOUT = 1.0
+"""Seconds that systemd's socket may hold us up."""
+
 
 class Process:
     """This process as its service sees it: it says that it is ready, and waits until it is to stop."""
@@ -50,6 +53,7 @@ def notify(state: str) -> None:
     if address[:1] not in {"/", "@"}:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        channel.settimeout(NOTIFY_TIMEOUT)
         try:
             channel.connect("\0" + address[1:] if address[0] == "@" else address)
             channel.sendall(state.encode())
@@ -66,26 +70,42 @@ async def _run(config: Config, service: Service) -> None:
 
 
 def trouble(what: str, error: BaseException | None) -> None:
-    """The ``trouble`` seam of `soci_bus`, as log lines."""
-    log.warning(what, error=error, **({"exc_info": error} if isinstance(error, (TypeError, AttributeError)) else {}))
+    """The ``trouble`` seam of `soci_bus`, as log lines; with a traceback where the error is a defect of ours."""
+    foreign = isinstance(error, (SociError, OSError)) or type(error).__module__.partition(".")[0] == "nats"
+    log.warning(what, error=error, **({} if error is None or foreign else {"exc_info": error}))
 
 
 def serve(name: str, config: Config, service: Service) -> int:
-    """Run ``service`` until it returns; the exit status is 0, or 1 after an error, which is logged."""
+    """Run ``service`` until it returns; the exit status is 0, or 1 after an error, which is one line in the log.
+
+    What we or the machine refuse is told by its text alone, a defect with its traceback in the same line.
+    """
     configure_logs(config.log_level, name)
-    configure_tracing(name, config.node)
     try:
+        configure_tracing(name, config.node)
         with asyncio.Runner(loop_factory=_loop) as runner:
             runner.run(_run(config, service))
-    except SociError as error:
-        log.error("cannot go on", error=error)
-        return 1
-    except BaseExceptionGroup as group:
-        log.error("failed", error=group, exc_info=group)
+    except Exception as error:  # noqa: BLE001  the border of the process
+        plain = _plain(error)
+        if plain is None:
+            log.error("failed", error=error, exc_info=error)
+        else:
+            log.error("cannot go on", error=plain)
         return 1
     finally:
         stop_tracing()
     return 0
+
+
+def _plain(error: BaseException) -> SociError | OSError | None:
+    """The one error that says it all: ``error``, or what task groups wrapped it in; None where there is no such one.
+
+    One failure often ends several tasks that waited for the same thing: the same text counts once.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        inside = {str(one): one for one in map(_plain, error.exceptions)}
+        return next(iter(inside.values())) if len(inside) == 1 else None
+    return error if isinstance(error, (SociError, OSError)) else None
 
 
 def _loop() -> asyncio.AbstractEventLoop:

@@ -31,6 +31,8 @@ def configure_tracing(service: str, node: str) -> None:
     global _tracer, _provider  # noqa: PLW0603  one exporter a process, set once at start
     if not (os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")):
         return
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return  # its tracer would give steps without ids
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415  118 ms
     from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
@@ -42,7 +44,7 @@ def configure_tracing(service: str, node: str) -> None:
 
         def generate_trace_id(self) -> int:
             launch = _root.get()
-            return int(launch, 16) if launch else super().generate_trace_id()
+            return (int(launch, 16) if launch else 0) or super().generate_trace_id()
 
     resource = Resource.create({"service.name": service, "service.namespace": "sociable", "host.name": node})
     _provider = TracerProvider(resource=resource, id_generator=LaunchIds())
@@ -55,9 +57,11 @@ def configure_tracing(service: str, node: str) -> None:
 
 def stop_tracing() -> None:
     """Send what is left; waits `EXPORT_TIMEOUT_MS` at most."""
+    global _tracer, _provider  # noqa: PLW0603
     if _provider is not None:
         _provider.force_flush(EXPORT_TIMEOUT_MS)
         _provider.shutdown()
+    _tracer = _provider = None
 
 
 @contextmanager

@@ -8,15 +8,18 @@ a layer can be indexed as it is being pulled, and never has to be on disk.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from soci.checkpoint import GzipCheckpoints
 from soci.digest import Digest
 from soci.errors import InvalidInput, LimitExceeded
+from soci.hashing import Hashing, Mark
 from soci.tar import TarWalker
 from soci.toc import VERSION, Algorithm, Ztoc
 from soci.zinfo import MAX_SPANS, TarZinfo, encode_tar_zinfo
+from soci.zstd import ZstdCheckpoints
 from soci.ztoc_encode import encode_ztoc
 
 DEFAULT_SPAN_SIZE: Final = 1 << 22
@@ -42,10 +45,11 @@ class ZtocBuilder:
     """Takes a layer's blob in pieces of any size and gives its zTOC; pieces do not change the result.
 
     ``span_size`` is in bytes of the tar. A gzip layer's spans are longer, up to the next deflate block; 0 makes one a
-    block. ``compat`` builds zTOCs of sparse members too, as other builders do; no reader of zTOCs can serve them.
+    block. A zstd layer's are at least that long, up to the next frame: a layer of one frame is one span. ``compat``
+    builds zTOCs of sparse members too, as other builders do; no reader of zTOCs can serve them.
 
-    Times are written in UTC, always. Raises `InvalidGzip`, `InvalidTar`, `Unsupported` (a sparse member, or no libz),
-    `LimitExceeded`; after that, the builder is of no more use.
+    Times are written in UTC, always. Raises `InvalidGzip`, `InvalidInput` (no zstd), `InvalidTar`, `Unsupported` (a
+    sparse member, or no libz), `LimitExceeded`; after that, the builder is of no more use.
     """
 
     def __init__(
@@ -56,51 +60,68 @@ class ZtocBuilder:
         *,
         compat: bool = False,
     ) -> None:
-        if algorithm not in ("gzip", "uncompressed"):
+        make = _WAYS.get(algorithm)
+        if make is None:
             raise InvalidInput(f"no zTOC for compression {algorithm!r}")
         self._algorithm = algorithm
         self._build_tool = build_tool
         self._walker = TarWalker(compat=compat)
+        self._hashing = Hashing()
         self._layer = hashlib.sha256()
         self._layer_size = 0
-        self._way: _Gzip | _Plain
-        self._way = _Gzip(span_size, self._walker) if algorithm == "gzip" else _Plain(span_size, self._walker)
+        self._before: Mark = None  # hashing of the piece before
+        self._way: _Gzip | _Zstd | _Plain = make(span_size, self._walker, self._hashing)
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> None:
         """Take the next bytes of the blob."""
         view = memoryview(chunk).cast("B")
-        for start in range(0, len(view), PIECE_BYTES):
-            piece = bytes(view[start : start + PIECE_BYTES])
-            self._layer.update(piece)
-            self._layer_size += len(piece)
-            self._way.feed(piece)
+        try:
+            for start in range(0, len(view), PIECE_BYTES):
+                self._feed(bytes(view[start : start + PIECE_BYTES]))
+        except BaseException:
+            self._hashing.close()
+            raise
 
     def finish(self) -> Built:
         """The zTOC of what was fed. Raises `InvalidGzip` or `InvalidTar` where the blob was cut short."""
-        checkpoints, digests = self._way.finish(self._layer_size)
+        try:
+            checkpoints, digests = self._way.finish(self._layer_size)
+            uncompressed_size = self._walker.finish()
+        finally:
+            self._hashing.close()
         ztoc = Ztoc(
             version=VERSION,
             build_tool=self._build_tool,
             compressed_size=self._layer_size,
-            uncompressed_size=self._walker.finish(),
-            entries=tuple(self._walker.entries),
+            uncompressed_size=uncompressed_size,
+            entries=self._walker.entries,
             algorithm=self._algorithm,
             max_span_id=len(digests) - 1,
             span_digests=tuple(digests),
             checkpoints=checkpoints,
         )
         layer = _digest(self._layer)
-        diff_id = _digest(self._way.tar) if isinstance(self._way, _Gzip) else layer
+        diff_id = layer if isinstance(self._way, _Plain) else _digest(self._way.tar)
         return Built(encode_ztoc(ztoc), ztoc, layer, self._layer_size, diff_id)
+
+    def _feed(self, piece: bytes) -> None:
+        self._hashing.update(self._layer, piece)
+        self._layer_size += len(piece)
+        self._way.feed(piece)
+        # Hashing may be one piece behind, no more.
+        self._hashing.wait(self._before)
+        self._before = self._hashing.mark()
 
 
 class _Gzip:
     """Spans of a gzip layer: a checkpoint opens one, and closes the one before."""
 
-    def __init__(self, span_size: int, walker: TarWalker) -> None:
+    def __init__(self, span_size: int, walker: TarWalker, hashing: Hashing) -> None:
         self.tar = hashlib.sha256()
-        self._checkpoints = GzipCheckpoints(span_size)
+        self._checkpoints = GzipCheckpoints(span_size, self._turn)
         self._walker = walker
+        self._hashing = hashing
+        self._old: Mark = None  # hashing of output up to the turn before
         self._digests: list[str] = []
         self._span = hashlib.sha256()
         self._open = False  # before the first checkpoint: the gzip header is in no span
@@ -111,44 +132,97 @@ class _Gzip:
         points = self._checkpoints.points
         known = len(points)
         self._checkpoints.feed(piece, self._take)
-        at = 0
+        view, at = memoryview(piece), 0
         for into, _, bits in points[known:]:
             cut = into - self._size
-            self._close(piece[at:cut])
+            self._close(view[at:cut])
             self._span = hashlib.sha256()
             self._open = True
             if bits:  # the span's first bits are in the byte before, which also belongs to the span that just ended
                 self._span.update(piece[cut - 1 : cut] if cut else self._last)
             at = cut
         if self._open:
-            self._span.update(piece[at:])
+            self._hashing.update(self._span, view[at:])
         self._size += len(piece)
         self._last = piece[-1:]
 
     def finish(self, _size: int) -> tuple[bytes, list[str]]:
         checkpoints = self._checkpoints.finish()
-        self._close(b"")
+        self._close(memoryview(b""))
+        self._hashing.wait(self._hashing.mark())
         return checkpoints, self._digests
 
-    def _close(self, rest: bytes) -> None:
+    def _close(self, rest: memoryview) -> None:
         if self._open:
-            self._span.update(rest)
-            self._digests.append(_digest(self._span))
+            self._hashing.update(self._span, rest)
+            self._hashing.do(_note, self._digests, self._span)
 
     def _take(self, out: memoryview) -> None:
-        self.tar.update(out)
+        self._hashing.update(self.tar, out)
         self._walker.feed(out)
+
+    def _turn(self) -> None:
+        # The memory that is about to be filled again holds what was put out before the turn before this one.
+        self._hashing.wait(self._old)
+        self._old = self._hashing.mark()
+
+
+class _Zstd:
+    """Spans of a zstd layer: they begin at frames, the first one at the blob's first byte."""
+
+    def __init__(self, span_size: int, walker: TarWalker, hashing: Hashing) -> None:
+        self.tar = hashlib.sha256()
+        self._checkpoints = ZstdCheckpoints(span_size)
+        self._walker = walker
+        self._hashing = hashing
+        self._digests: list[str] = []
+        self._span = hashlib.sha256()
+        self._before: Mark = None  # hashing of the output before
+        self._size = 0
+        self._last = b""  # the bytes before the current piece: a frame's magic number may begin there
+
+    def feed(self, piece: bytes) -> None:
+        points = self._checkpoints.points
+        known = len(points)
+        for out in self._checkpoints.feed(piece):
+            # A small piece may hold gigabytes: hashing may be one of its outputs behind, no more.
+            self._hashing.wait(self._before)
+            self._hashing.update(self.tar, out)
+            self._before = self._hashing.mark()
+            self._walker.feed(out)
+        # The last bytes are hashed with the next piece, when it is known which span they belong to.
+        data = self._last + piece
+        origin = self._size - len(self._last)
+        view, at = memoryview(data), 0
+        for into, _ in points[max(known, 1) :]:
+            self._hashing.update(self._span, view[at : into - origin])
+            self._hashing.do(_note, self._digests, self._span)
+            self._span = hashlib.sha256()
+            at = into - origin
+        keep = max(at, len(data) - 3)
+        self._hashing.update(self._span, view[at:keep])
+        self._last = data[keep:]
+        self._size += len(piece)
+
+    def finish(self, _size: int) -> tuple[bytes, list[str]]:
+        checkpoints = self._checkpoints.finish()
+        self._hashing.update(self._span, self._last)
+        self._hashing.do(_note, self._digests, self._span)
+        self._hashing.wait(self._hashing.mark())
+        return checkpoints, self._digests
 
 
 class _Plain:
     """Spans of a plain tar: one every ``span_size`` bytes."""
 
-    def __init__(self, span_size: int, walker: TarWalker) -> None:
+    def __init__(self, span_size: int, walker: TarWalker, hashing: Hashing) -> None:
         if not 1 <= span_size < 1 << 63:
             raise InvalidInput(f"span size {span_size}: a plain tar needs one of at least 1 byte")
         self._span_size = span_size
         self._walker = walker
+        self._hashing = hashing
         self._digests: list[str] = []
+        self._count = 0
         self._span = hashlib.sha256()
         self._left = span_size
 
@@ -157,7 +231,7 @@ class _Plain:
         view = memoryview(piece)
         while view:
             part, view = view[: self._left], view[self._left :]
-            self._span.update(part)
+            self._hashing.update(self._span, part)
             self._left -= len(part)
             if not self._left:
                 self._close()
@@ -165,14 +239,27 @@ class _Plain:
     def finish(self, size: int) -> tuple[bytes, list[str]]:
         if self._left < self._span_size:
             self._close()
+        self._hashing.wait(self._hashing.mark())
         return encode_tar_zinfo(TarZinfo(self._span_size, size)), self._digests
 
     def _close(self) -> None:
-        if len(self._digests) >= MAX_SPANS:
+        if self._count >= MAX_SPANS:
             raise LimitExceeded(f"more than {MAX_SPANS} spans: a larger span size makes fewer (MAX_SPANS)")
-        self._digests.append(_digest(self._span))
+        self._count += 1
+        self._hashing.do(_note, self._digests, self._span)
         self._span = hashlib.sha256()
         self._left = self._span_size
+
+
+_WAYS: Final[Mapping[str, Callable[[int, TarWalker, Hashing], _Gzip | _Zstd | _Plain]]] = {
+    "gzip": _Gzip,
+    "zstd": _Zstd,
+    "uncompressed": _Plain,
+}
+
+
+def _note(digests: list[str], state: hashlib._Hash) -> None:
+    digests.append(_digest(state))
 
 
 def _digest(state: hashlib._Hash) -> Digest:

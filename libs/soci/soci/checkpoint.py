@@ -2,8 +2,8 @@
 """Finding the places in a gzip layer where inflating can start.
 
 A checkpoint lies at a deflate block's boundary, so zlib has to stop at each. Python's own zlib cannot be told to
-(`Z_BLOCK`), nor does it say where in a byte it stopped (``data_type``); hence ctypes on the system's libz. One call a
-block or 256 KiB of output: the cost of Python is small beside the inflating.
+(`Z_BLOCK`), nor does it say where in a byte it stopped (``data_type``); hence ctypes on the system's libz. Where no
+checkpoint can be, because the one before is too near, zlib need not stop at blocks: a few calls a span are all.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from soci.zinfo import MAX_SPANS, RECORD_BYTES, WINDOW_BYTES
 
 MAX_FEED_BYTES: Final = 1 << 30
 """Bytes of one `GzipCheckpoints.feed`; zlib counts them in 32 bits."""
-OUTPUT_BYTES: Final = 1 << 18
-"""Output handed on at a time: small enough to stay in the processor's cache."""
+OUTPUT_BYTES: Final = 1 << 20
+"""Output handed on at a time, at most."""
 MAX_STALLS: Final = 4
 """Calls in a row in which zlib may neither take nor give a byte."""
 
+_Z_NO_FLUSH: Final = 0
 _Z_BLOCK: Final = 5
 _Z_OK: Final = 0
 _Z_STREAM_END: Final = 1
@@ -71,7 +72,7 @@ class GzipCheckpoints:
     Memory: one window a checkpoint, at most `MAX_ZTOC_BYTES` of them.
     """
 
-    def __init__(self, span_size: int) -> None:
+    def __init__(self, span_size: int, turn: Callable[[], object] = lambda: None) -> None:
         if not 0 <= span_size < 1 << 63:
             raise InvalidInput(f"span size {span_size}: not a number of bytes")
         self.points: list[tuple[int, int, int]] = []
@@ -83,9 +84,12 @@ class GzipCheckpoints:
         self._between = True  # no member is open: at the start, or behind a member
         self._stalls = 0
         # The window's 32 KiB, then room for output. Both are one piece, so that a window is always one slice.
-        self._memory = bytearray(_SIZE)
-        self._view = memoryview(self._memory)
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        # Two of them take turns: what one holds can still be worked on while the other is being filled.
+        self._turn = turn
+        self._memories = [bytearray(_SIZE), bytearray(_SIZE)]
+        self._views = [memoryview(memory) for memory in self._memories]
+        self._bases = [ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in self._memories]
+        self._now = 0
         self._end = WINDOW_BYTES  # where the output so far ends
         self._passed = WINDOW_BYTES  # up to where it was handed on
         self._z = _libz()
@@ -100,8 +104,8 @@ class GzipCheckpoints:
     def feed(self, chunk: bytes, sink: Callable[[memoryview], object]) -> None:
         """Inflate the next ``chunk`` (at most `MAX_FEED_BYTES`), handing what comes out to ``sink``.
 
-        The memory that ``sink`` is given is used again as soon as it returns. Raises `InvalidGzip` for bytes that
-        are no gzip, `LimitExceeded` for too many checkpoints.
+        The memory that ``sink`` is given is used again after the next but one call of ``turn``. Raises `InvalidGzip`
+        for bytes that are no gzip, `LimitExceeded` for too many checkpoints.
         """
         if len(chunk) > MAX_FEED_BYTES:
             raise LimitExceeded(f"{len(chunk)} bytes at once; at most {MAX_FEED_BYTES} (MAX_FEED_BYTES)")
@@ -111,7 +115,10 @@ class GzipCheckpoints:
         while stream.avail_in:
             if self._end == _SIZE:
                 self._pass_on(sink)
-                self._view[:WINDOW_BYTES] = self._view[_SIZE - WINDOW_BYTES :]
+                self._turn()
+                window = self._views[self._now][_SIZE - WINDOW_BYTES :]
+                self._now = 1 - self._now
+                self._views[self._now][:WINDOW_BYTES] = window
                 self._end = self._passed = WINDOW_BYTES
             if self._between:
                 self._z.inflateReset2(ctypes.byref(stream), _GZIP_ONLY)
@@ -131,9 +138,13 @@ class GzipCheckpoints:
         """One call of zlib: to the next block boundary, or until input or room for output ends."""
         stream = self._stream
         before_in, room = stream.avail_in, _SIZE - self._end
-        stream.next_out = self._base + self._end
+        # Up to this many bytes on there can be no checkpoint, whatever the blocks.
+        quiet = self._last + self._span_size - self._total_out if self._total_out else 0
+        if quiet > 0:
+            room = min(room, quiet)
+        stream.next_out = self._bases[self._now] + self._end
         stream.avail_out = room
-        code = self._z.inflate(ctypes.byref(stream), _Z_BLOCK)
+        code = self._z.inflate(ctypes.byref(stream), _Z_NO_FLUSH if quiet > 0 else _Z_BLOCK)
         used, made = before_in - stream.avail_in, room - stream.avail_out
         self._total_in += used
         self._total_out += made
@@ -147,6 +158,8 @@ class GzipCheckpoints:
         self._stalls = 0 if used or made else self._stalls + 1
         if self._stalls > MAX_STALLS:
             raise InvalidGzip(f"gzip leads nowhere at byte {self._total_in}")
+        if quiet > 0:
+            return
         state = stream.data_type
         far = not self._total_out or self._total_out - self._last > self._span_size
         if state & _AT_BOUNDARY and not state & _LAST_BLOCK and far:
@@ -159,12 +172,12 @@ class GzipCheckpoints:
             )
         self.points.append((self._total_in, self._total_out, bits))
         self._blob += _POINT.pack(self._total_in, self._total_out, bits)
-        self._blob += self._view[self._end - WINDOW_BYTES : self._end]
+        self._blob += self._views[self._now][self._end - WINDOW_BYTES : self._end]
         self._last = self._total_out
 
     def _pass_on(self, sink: Callable[[memoryview], object]) -> None:
         if self._passed < self._end:
-            sink(self._view[self._passed : self._end])
+            sink(self._views[self._now][self._passed : self._end])
             self._passed = self._end
 
 

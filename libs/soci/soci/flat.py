@@ -45,6 +45,7 @@ class Layout:
     pick: Callable[[tuple[int, ...]], tuple[int, ...]]  # slot order, with one spare value at the end
     defaults: tuple[int, ...]
     offsets: tuple[int, ...]  # of each slot from the table's start, 0 where the field is absent
+    end: int  # of the last field
 
 
 def schema(codes: str, **defaults_by_slot: int) -> Schema:
@@ -97,10 +98,14 @@ class FlatBuffer:
         end = start + length
         if end > self.size:
             raise InvalidZtoc(f"cut short: {length} bytes at {at} of {self.size}")
-        self.budget -= length
+        self.spend(length)
+        return self.data[start:end]
+
+    def spend(self, count: int) -> None:
+        """Take ``count`` bytes from the budget."""
+        self.budget -= count
         if self.budget < 0:
             raise InvalidZtoc("it uses the same bytes over and over")
-        return self.data[start:end]
 
 
 class Tables:
@@ -120,7 +125,7 @@ class Tables:
         if table + 4 > len(data):
             raise InvalidZtoc(f"cut short: table at {table} of {len(data)} bytes")
         vtable = table - _INT32.unpack_from(data, table)[0]
-        layout = self._layouts.get(vtable) or self._layout(vtable)
+        layout = self._layouts.get(vtable) or self.layout(vtable)
         try:
             values = layout.unpack(data, table)
         except struct.error as error:
@@ -134,7 +139,8 @@ class Tables:
             raise InvalidZtoc(f"no {name}")
         return table + offsets[slot] + values[slot]
 
-    def _layout(self, vtable: int) -> Layout:
+    def layout(self, vtable: int) -> Layout:
+        """What the vtable at ``vtable`` says."""
         data = self._buffer.data
         if vtable < 0 or vtable + 4 > len(data):
             raise InvalidZtoc(f"cut short: vtable at {vtable} of {len(data)} bytes")
@@ -164,4 +170,4 @@ def _compile(kind: Schema, offsets: Sequence[int], table_size: int) -> Layout:
         pick[slot] = number
     if end > table_size:
         raise InvalidZtoc("a field outside its table")
-    return Layout(struct.Struct(form).unpack_from, itemgetter(*pick, -1), kind.defaults, tuple(offsets))
+    return Layout(struct.Struct(form).unpack_from, itemgetter(*pick, -1), kind.defaults, tuple(offsets), end)

@@ -15,12 +15,16 @@ from typing import Final, Literal
 
 from soci.digest import Digest, parse_digest, sha256_digest
 from soci.errors import InvalidDigest, InvalidManifest, NoZtoc
-from soci.oci import EMPTY_JSON, OCI_MANIFEST, Descriptor, Manifest, encode_manifest, parse_manifest
+from soci.oci import EMPTY_JSON, OCI_MANIFEST, Descriptor, Manifest, encode_manifest, layer_compression, parse_manifest
 
 SOCI_INDEX_V1: Final = "application/vnd.amazon.soci.index.v1+json"
 SOCI_INDEX_V2: Final = "application/vnd.amazon.soci.index.v2+json"
 ZTOC_MEDIA_TYPE: Final = "application/octet-stream"
+SOCIABLE_ZTOC_MEDIA_TYPE: Final = "application/vnd.sociable.ztoc.v1"
+"""The type of a zstd layer's zTOC, which this project alone understands: other readers leave its entry out."""
 PREFETCH_MEDIA_TYPE: Final = "application/vnd.amazon.soci.prefetch.v1+json"
+
+ZTOC_MEDIA_TYPES: Final = frozenset({ZTOC_MEDIA_TYPE, SOCIABLE_ZTOC_MEDIA_TYPE})
 
 BUILD_TOOL_ANNOTATION: Final = "com.amazon.soci.build-tool-identifier"
 """Annotation of the index: the tool that made it."""
@@ -77,7 +81,12 @@ def ztoc_entry(
     }
     if disable_xattrs:
         annotations[DISABLE_XATTRS_ANNOTATION] = "true"
-    return IndexEntry(layer.digest, Descriptor(ZTOC_MEDIA_TYPE, ztoc, size, annotations))
+    return IndexEntry(layer.digest, Descriptor(ztoc_media_type(layer.media_type), ztoc, size, annotations))
+
+
+def ztoc_media_type(layer_media_type: str) -> str:
+    """The media type of the zTOC of a layer of the given type."""
+    return SOCIABLE_ZTOC_MEDIA_TYPE if layer_compression(layer_media_type) == "zstd" else ZTOC_MEDIA_TYPE
 
 
 def prefetch_entry(layer: Digest, prefetch: Digest, size: int) -> IndexEntry:
@@ -159,7 +168,7 @@ def parse_index(data: bytes) -> SociIndex:
     named = [IndexEntry(layer, entry) for entry in manifest.layers if (layer := _layer_of(entry)) is not None]
     return SociIndex(
         version,
-        tuple(entry for entry in named if entry.ztoc.media_type == ZTOC_MEDIA_TYPE),
+        tuple(entry for entry in named if entry.ztoc.media_type in ZTOC_MEDIA_TYPES),
         manifest.subject,
         manifest.annotations,
         tuple(entry for entry in named if entry.ztoc.media_type == PREFETCH_MEDIA_TYPE),

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inflate one span, from the middle of a gzip stream.
+"""Inflate one span, from the middle of a layer.
 
-A span may start inside a byte. The inflaters that Python has cannot be told to skip bits, so the span's first bits
+A gzip span may start inside a byte. The inflaters that Python has cannot be told to skip bits, so the span's first bits
 are moved to where they can be read: behind a few empty deflate blocks that fill up the byte before them.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from soci.errors import InvalidGzip, InvalidZtoc, Mismatch
-from soci.span import Spans
+from soci.errors import InvalidGzip, InvalidInput, InvalidZtoc, LimitExceeded, Mismatch
+from soci.span import MAX_SPAN_BYTES, Spans
 from soci.toc import Ztoc
 from soci.zinfo import Checkpoints
+from soci.zstd import ZstdStream
 
 _fast: Any = zlib  # a platform without isal's wheel has half the speed, and the same bytes
 try:
@@ -42,7 +44,8 @@ def inflate_span(ztoc: Ztoc, spans: Spans, i: int, compressed: bytes | memoryvie
 
     ``compressed`` must be exactly the blob's bytes `Spans.compressed`, and its digest checked by the caller. Raises
     `Mismatch` where its length is another, `InvalidGzip` where it does not inflate to that many bytes. Memory is
-    bounded by the span's size, whatever the input.
+    bounded by the span's size, whatever the input. For a zstd span the error is `InvalidInput`, and `LimitExceeded`
+    where it has more than `MAX_SPAN_BYTES`: see `inflate_stream`.
     """
     source = _checked(spans, i, compressed)
     start, end = spans.uncompressed(i)
@@ -50,6 +53,10 @@ def inflate_span(ztoc: Ztoc, spans: Spans, i: int, compressed: bytes | memoryvie
         return bytes(source[: end - start])
     if start == end:
         return b""
+    if end - start > MAX_SPAN_BYTES:
+        raise LimitExceeded(f"span {i} has {end - start} bytes: too many to inflate in memory, see inflate_stream")
+    if ztoc.algorithm == "zstd":
+        return b"".join(inflate_stream(ztoc, spans, i, (source,)))
     wanted = end - start
     content = _Inflating(_checkpoints(spans), i, source).read(wanted)
     if len(content) != wanted:
@@ -68,12 +75,81 @@ def inflate_tail(ztoc: Ztoc, spans: Spans, compressed: bytes | memoryview) -> by
     start, end = spans.uncompressed(last)
     if ztoc.algorithm == "uncompressed":
         return bytes(source[end - start :])
+    if ztoc.algorithm == "zstd":
+        return _zstd_tail(ztoc, spans, source)
     content = _Inflating(_checkpoints(spans), last, source).read(end - start + MAX_TAIL_BYTES + 1)
     if len(content) < end - start:
         raise InvalidGzip(f"span {last} inflates to {len(content)} bytes of {end - start}")
     if len(content) > end - start + MAX_TAIL_BYTES:
         raise InvalidGzip(f"more than {MAX_TAIL_BYTES} bytes behind the end of the archive")
     return content[end - start :]
+
+
+def inflate_stream(
+    ztoc: Ztoc, spans: Spans, i: int, chunks: Iterable[bytes | memoryview], *, tail: bool = False
+) -> Iterator[bytes]:
+    """As `inflate_span`, for a span too large for memory: its compressed bytes in ``chunks``, its content in pieces.
+
+    A zstd span is never held whole, nor a plain one; pieces have at most 1 MiB, or what a chunk has. A gzip span is
+    gathered first. All of the span's bytes are taken, and a caller that hashes the chunks as they pass knows their
+    digest at the end: what was put out before is not to be trusted until then. With ``tail`` the last span's padding
+    follows, as `inflate_tail` has it. Raises `Mismatch` for another number of compressed bytes, and as those do.
+    """
+    if ztoc.algorithm == "gzip":
+        source = b"".join(chunks)
+        yield inflate_span(ztoc, spans, i, source)
+        if tail:
+            yield inflate_tail(ztoc, spans, source)
+        return
+    start, end = spans.uncompressed(i)
+    last = i == spans.count - 1
+    left, spare = end - start, MAX_TAIL_BYTES if last else 0
+    for piece in _decompressed(ztoc, spans, i, chunks):
+        wanted, behind = piece[:left], piece[left:]
+        left -= len(wanted)
+        spare -= len(behind)
+        if spare < 0:
+            raise InvalidInput(
+                f"more than {MAX_TAIL_BYTES} bytes behind the end of the archive"
+                if last
+                else f"span {i} has more than {end - start} bytes"
+            )
+        if wanted:
+            yield wanted
+        if behind and tail:
+            yield behind
+    if left:
+        raise InvalidInput(f"span {i} lacks {left} of {end - start} bytes")
+
+
+def _decompressed(ztoc: Ztoc, spans: Spans, i: int, chunks: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+    """All that the chunks of a zstd or plain span hold; `Mismatch` where they are not as many bytes as the span."""
+    start, end = spans.compressed(i)
+    seen, decoder = 0, ZstdStream() if ztoc.algorithm == "zstd" else None
+    for chunk in chunks:
+        seen += len(chunk)
+        if seen > end - start:
+            raise Mismatch(f"span {i} has more than {end - start} compressed bytes")
+        if decoder is None:
+            yield bytes(chunk)
+        else:
+            yield from decoder.feed(chunk)
+    if seen != end - start:
+        raise Mismatch(f"span {i} has {seen} compressed bytes, not {end - start}")
+    if decoder is not None:
+        decoder.finish()
+
+
+def _zstd_tail(ztoc: Ztoc, spans: Spans, source: memoryview) -> bytes:
+    """What the last span's ``source`` decompresses to behind its own bytes; they are dropped as they come."""
+    start, end = spans.uncompressed(spans.count - 1)
+    pieces: list[bytes] = []
+    skip = end - start
+    for piece in inflate_stream(ztoc, spans, spans.count - 1, (source,), tail=True):
+        if len(piece) > skip:
+            pieces.append(piece[skip:])
+        skip = max(0, skip - len(piece))
+    return b"".join(pieces)
 
 
 def check_gzip_header(data: bytes | memoryview) -> None:

@@ -17,10 +17,13 @@ from soci.digest import Digest, parse_digest
 from soci.errors import InvalidDigest, InvalidZtoc
 from soci.toc import Ztoc
 from soci.zinfo import MAX_SPANS, Checkpoints, parse_tar_zinfo, parse_zinfo
+from soci.zstd import MAX_ZSTD_RATIO, parse_zstd_points
 
 MAX_SPAN_BYTES: Final = 1 << 30
-"""Bytes of one span, compressed or not. A span is inflated in memory; a layer with a larger one is not worth
-loading lazily."""
+"""Bytes of one span, compressed or not, that is inflated in memory. A gzip layer or plain tar with a larger one is
+not worth loading lazily."""
+MAX_STREAMED_SPAN_BYTES: Final = 1 << 40
+"""The same for a zstd layer. Many are one frame, hence one span, whatever their size: it is inflated as a stream."""
 MAX_GZIP_HEADER_BYTES: Final = 1 << 20
 """Bytes before the first span: the gzip header with its optional fields."""
 MAX_DEFLATE_RATIO: Final = 1032
@@ -58,13 +61,16 @@ class Spans:
         if ztoc.compressed_size < 0 or ztoc.uncompressed_size < 0:
             raise InvalidZtoc("negative layer size")
         checkpoints = parse_zinfo(ztoc.checkpoints) if ztoc.algorithm == "gzip" else None
-        starts, ends, outs = _gzip(ztoc, checkpoints, count) if checkpoints else _plain(ztoc, count)
+        if checkpoints:
+            starts, ends, outs = _gzip(ztoc, checkpoints, count)
+        else:
+            starts, ends, outs = (_zstd if ztoc.algorithm == "zstd" else _plain)(ztoc, count)
         try:
             digests = tuple(parse_digest(text) for text in ztoc.span_digests)
         except InvalidDigest as error:
             raise InvalidZtoc(f"span digest: {error}") from error
         found = cls(ztoc.compressed_size, ztoc.uncompressed_size, digests, starts, ends, outs, checkpoints)
-        found._check()
+        found._check(*_LIMITS[ztoc.algorithm])
         return found
 
     @property
@@ -110,21 +116,26 @@ class Spans:
         if not 0 <= i < self.count:
             raise InvalidZtoc(f"no span {i}: the layer has {self.count}")
 
-    def _check(self) -> None:
+    def _check(self, longest: int, ratio: int) -> None:
         last = self.count - 1
         for i in range(self.count):
             start, end = self.starts[i], self.ends[i]
             out, out_end = self.uncompressed(i)
             if not 0 <= start <= end <= self.compressed_size or (i < last and (start >= end or out >= out_end)):
                 raise InvalidZtoc(f"span {i} is [{start}, {end}) to [{out}, {out_end}): not ascending")
-            if max(end - start, out_end - out) > MAX_SPAN_BYTES:
-                raise InvalidZtoc(f"span {i} has more than {MAX_SPAN_BYTES} bytes")
-            if self.checkpoints and out_end - out > (end - start) * MAX_DEFLATE_RATIO:
+            if max(end - start, out_end - out) > longest:
+                raise InvalidZtoc(f"span {i} has more than {longest} bytes")
+            if out_end - out > (end - start) * ratio:
                 raise InvalidZtoc(f"span {i}: {end - start} bytes cannot inflate to {out_end - out}")
         if self.count and self.outs[0] != 0:
             raise InvalidZtoc("the first span does not start at the tar's first byte")
 
 
+_LIMITS: Final = {
+    "gzip": (MAX_SPAN_BYTES, MAX_DEFLATE_RATIO),
+    "uncompressed": (MAX_SPAN_BYTES, 1),
+    "zstd": (MAX_STREAMED_SPAN_BYTES, MAX_ZSTD_RATIO),
+}
 _Geometry = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
@@ -141,6 +152,15 @@ def _gzip(ztoc: Ztoc, found: Checkpoints, count: int) -> _Geometry:
     if starts[0] > MAX_GZIP_HEADER_BYTES:
         raise InvalidZtoc(f"gzip header of {starts[0]} bytes; at most {MAX_GZIP_HEADER_BYTES} are allowed")
     return starts, ends[1:], outs
+
+
+def _zstd(ztoc: Ztoc, count: int) -> _Geometry:
+    found = parse_zstd_points(ztoc.checkpoints)
+    if len(found.ins) != count:
+        raise InvalidZtoc(f"{len(found.ins)} checkpoints for {count} spans")
+    ends = found.ins[1:]
+    ends.append(ztoc.compressed_size)
+    return found.ins, ends, found.outs
 
 
 def _plain(ztoc: Ztoc, count: int) -> _Geometry:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from soci.entries import BLOCK, TYPES, Draft, Entries
 from soci.errors import InvalidTar, LimitExceeded
-from soci.tar_header import BLOCK, MAX_PAYLOAD_BYTES, Headers
+from soci.tar_header import MAX_PAYLOAD_BYTES, Headers
+from soci.tar_run import MIN_RUN, read_run
 from soci.toc import MAX_ENTRIES, TocEntry
 
 __all__ = ["BLOCK", "CHUNK_BYTES", "MAX_PAYLOAD_BYTES", "Member", "TarWalker", "iter_members"]
@@ -23,6 +25,9 @@ ENTRY_BYTES: Final = 200
 """About what a member takes in a zTOC beside its names and records."""
 RECORD_BYTES: Final = 40
 """About what a PAX record takes beside its key and value."""
+LONGEST_RUN: Final = 4096
+"""Headers that are read together at most, and that are read one by one at most after one that spoiled a run."""
+REGULAR: Final = TYPES.index("reg")
 
 
 class TarWalker:
@@ -34,10 +39,17 @@ class TarWalker:
     """
 
     def __init__(self, *, compat: bool = False) -> None:
-        self.entries: list[TocEntry] = []
+        self._members = Draft()
         self._headers = Headers(sparse=compat)
         self._buffer = bytearray()  # of what the headers want next
         self._table_bytes = 0
+        self._careful = 0  # headers to be read one by one before the next run
+        self._penalty = MIN_RUN
+
+    @property
+    def entries(self) -> Entries:
+        """The members so far."""
+        return self._members.entries()
 
     @property
     def ended(self) -> bool:
@@ -47,9 +59,14 @@ class TarWalker:
     def feed(self, chunk: bytes | memoryview) -> None:
         """Take the next bytes of the tar, however many."""
         headers, view, at = self._headers, memoryview(chunk), 0
+        raw: bytes | None = None
         while at < len(view) and not headers.ended:
             if headers.data or headers.padding:
                 at += headers.skip(len(view) - at)
+                continue
+            if not self._careful and not self._buffer and headers.plain and len(view) - at >= MIN_RUN * BLOCK:
+                raw = bytes(view) if raw is None else raw
+                at = self._run(raw, at)
                 continue
             piece = view[at : at + headers.wanted - len(self._buffer)]
             at += len(piece)
@@ -67,14 +84,39 @@ class TarWalker:
             raise InvalidTar(f"tar cut short behind byte {self._headers.position}")
         return self._headers.position
 
+    def _run(self, piece: bytes, start: int) -> int:
+        """Take the members from ``start`` on that can be read together; where they and their data end in ``piece``."""
+        run, seen = read_run(piece, start, LONGEST_RUN)
+        if seen < MIN_RUN:
+            self._careful = seen + 1
+            return start
+        taken = len(run.names) if run else 0
+        if taken == seen:
+            self._penalty = MIN_RUN
+        else:  # where many headers are of other forms, looking ahead in vain must not cost much
+            self._careful = self._penalty
+            self._penalty = min(2 * self._penalty, LONGEST_RUN)
+        if run is None:
+            return start
+        origin = self._headers.position - start
+        self._members.extend(run, origin)
+        self._account(taken, sum(map(len, run.names)) + sum(map(len, run.links)))
+        end = run.places[-1] + BLOCK
+        self._headers.jump(origin + end, run.sizes[-1] if run.types[-1] == REGULAR else 0)
+        return end + self._headers.skip(len(piece) - end)
+
     def _add(self, entry: TocEntry) -> None:
-        self._table_bytes += ENTRY_BYTES + len(entry.name) + len(entry.linkname)
-        self._table_bytes += sum(RECORD_BYTES + len(key) + len(value) for key, value in entry.pax.items())
-        if len(self.entries) >= MAX_ENTRIES:
+        self._careful = max(0, self._careful - 1)
+        extra = sum(RECORD_BYTES + len(key) + len(value) for key, value in entry.pax.items())
+        self._members.add(entry)
+        self._account(1, len(entry.name) + len(entry.linkname) + extra)
+
+    def _account(self, members: int, texts: int) -> None:
+        self._table_bytes += ENTRY_BYTES * members + texts
+        if len(self._members.names) > MAX_ENTRIES:
             raise LimitExceeded(f"more than {MAX_ENTRIES} members in a layer (MAX_ENTRIES)")
         if self._table_bytes > MAX_TOC_BYTES:
             raise LimitExceeded(f"table of contents of more than {MAX_TOC_BYTES} bytes (MAX_TOC_BYTES)")
-        self.entries.append(entry)
 
 
 class Member:

@@ -15,10 +15,10 @@ from datetime import date
 from typing import Final, Literal
 
 from soci import tar_pax
+from soci.entries import BLOCK
 from soci.errors import InvalidTar, Unsupported
 from soci.toc import EntryType, TocEntry
 
-BLOCK: Final = 512
 MAX_PAYLOAD_BYTES: Final = tar_pax.MAX_PAYLOAD_BYTES
 
 _ZERO_BLOCK: Final = bytes(BLOCK)
@@ -97,6 +97,15 @@ class Headers:
         self.padding -= padding
         self.position += data + padding
         return data + padding
+
+    @property
+    def plain(self) -> bool:
+        """Whether a header comes next that no extension header has anything to say about."""
+        return self._give == self._header and not (self._records or self._long_name or self._long_link)
+
+    def jump(self, position: int, data: int) -> None:
+        """Stand behind a header that somebody else has read: at ``position``, before ``data`` bytes of its member."""
+        self.position, self.data, self.padding = position, data, -data % BLOCK
 
     def may_end(self) -> bool:
         """Whether the archive may stop here: before a header, or in the padding before it."""

@@ -6,11 +6,11 @@ These are the field-by-field contents of the binary form that `soci.ztoc` reads 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-Algorithm = Literal["gzip", "uncompressed"]
+Algorithm = Literal["gzip", "uncompressed", "zstd"]
 EntryType = Literal["reg", "hardlink", "symlink", "char", "block", "dir", "fifo"]
 
 VERSION: Final = "0.9"
@@ -51,7 +51,7 @@ class Ztoc:
     build_tool: str
     compressed_size: int  # bytes of the layer blob
     uncompressed_size: int  # bytes of the tar up to its end-of-archive blocks
-    entries: tuple[TocEntry, ...]  # ascending by offset
+    entries: Sequence[TocEntry]  # ascending by offset; read from bytes, made one by one (`soci.entries`)
     algorithm: Algorithm
     max_span_id: int  # number of spans - 1
     span_digests: tuple[str, ...]

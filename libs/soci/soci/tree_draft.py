@@ -8,11 +8,10 @@ is not loaded lazily, that is all. `soci.tree` turns the draft into the compact 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Final
 
+from soci.entries import TYPES, Entries
 from soci.errors import InvalidZtoc
-from soci.toc import TocEntry
 
 MAX_NODES: Final = 1_000_000
 """Files and directories of one layer, with implied parents, whiteouts and what later members replace."""
@@ -31,40 +30,46 @@ WHITEOUT: Final = b".wh."
 OPAQUE: Final = b".wh..wh..opq"
 """The marker that hides all that the layers below have in its directory."""
 
-_TYPES: Final = frozenset({"reg", "hardlink", "symlink", "char", "block", "dir", "fifo"})
+MAX_KNOWN: Final = 1 << 16
+"""Directories that are found again by the path as a member wrote it."""
+IMPLIED: Final = -1
+"""In the place of a member: the directory that no member lists."""
+
+REGULAR: Final = TYPES.index("reg")
+HARDLINK: Final = TYPES.index("hardlink")
+SYMLINK: Final = TYPES.index("symlink")
+DIR: Final = TYPES.index("dir")
+DEVICES: Final = (TYPES.index("char"), TYPES.index("block"))
+_NO_NAMES: Final = frozenset((b"", b".", b".."))
+_CAREFUL: Final = bytes(code in (HARDLINK, DIR) for code in range(256))
 
 
-class Draft:
-    """A node while the tree grows: changed in place, never handed out of this library. Its id is `soci.tree`'s."""
+class Directory:
+    """A directory while the tree grows: changed in place, never handed out of this library.
 
-    __slots__ = ("entry", "id")
+    Members are numbers: their places among the entries. A child is a member's number or a `Directory`; ``whiteouts``
+    are markers' members by the name that they hide.
+    """
 
-    def __init__(self, entry: TocEntry | None) -> None:
-        self.entry = entry  # None for a directory that no member lists
-        self.id = -1
+    __slots__ = ("children", "entry", "number", "opaque", "whiteouts")
 
-
-class Directory(Draft):
-    """A directory's draft. ``whiteouts`` holds its markers by the name that they hide."""
-
-    __slots__ = ("children", "opaque", "whiteouts")
-
-    def __init__(self, entry: TocEntry | None = None) -> None:
-        super().__init__(entry)
-        self.children: dict[bytes, Draft] = {}
-        self.whiteouts: dict[bytes, TocEntry] = {}
+    def __init__(self, entry: int = IMPLIED) -> None:
+        self.entry = entry
+        self.number = -1  # `soci.tree`'s
+        self.children: dict[bytes, int | Directory] = {}
+        self.whiteouts: dict[bytes, int] = {}
         self.opaque = False
 
 
-def draft_tree(entries: Iterable[TocEntry]) -> Directory:
+def draft_tree(entries: Entries) -> Directory:
     """The root directory's draft, after every entry in the order given (the tar's).
 
     Raises `InvalidZtoc` for a member that no file system could hold, for one below something that is not a
     directory, for a hard link whose target is not there yet or is a directory, and beyond the limits above.
     """
-    maker = _Maker()
-    for entry in entries:
-        maker.add(entry)
+    _check(entries)
+    maker = _Maker(entries)
+    maker.run()
     return maker.root
 
 
@@ -98,91 +103,134 @@ def shown(name: bytes) -> str:
 
 
 class _Maker:
-    def __init__(self) -> None:
+    def __init__(self, entries: Entries) -> None:
         self.root = Directory()
-        self._nodes = 1
+        self._names = list(entries.names)
+        self._links = entries.links
+        self._types = entries.types
+        self._nodes = 1 + len(entries)  # of which the members that make no node are taken off again
+        # Children of directories by the path as members write it: most members lie beside the one before.
+        self._known: dict[bytes, dict[bytes, int | Directory]] = {b"": self.root.children}
 
-    def add(self, entry: TocEntry) -> None:
-        _check(entry)
-        path = clean_path(entry.name)
+    def run(self) -> None:
+        """Play all members."""
+        known, names = self._known, self._names
+        careful = self._careful()
+        for at, name in enumerate(names):
+            head, _, base = name.rpartition(b"/")
+            children = known.get(head)
+            if children is None or careful[at] or base in children or base in _NO_NAMES:
+                self._add(at, name)
+            else:
+                children[base] = at
+        if self._nodes > MAX_NODES:
+            raise InvalidZtoc(f"more than {MAX_NODES:,} files in one layer")
+
+    def _careful(self) -> bytearray:
+        """Which members need `_add`: all but plain ones with plain names."""
+        careful = bytearray(self._types.translate(_CAREFUL))
+        everything = b"/".join(self._names)
+        if b"\0" in everything:
+            name = next(name for name in self._names if b"\0" in name)
+            raise InvalidZtoc(f"a name with a NUL byte: {shown(name)}")
+        marked = WHITEOUT in everything
+        for at, name in enumerate(self._names):
+            if len(name) > MAX_NAME or (marked and WHITEOUT in name):
+                careful[at] = 1
+        return careful
+
+    def _add(self, at: int, name: bytes) -> None:
+        kind = self._types[at]
+        path = clean_path(name)
+        self._nodes -= 1  # for now
         if not path:
-            if entry.type != "dir":
-                raise InvalidZtoc(f"the root directory as a member of type {entry.type}: {shown(entry.name)}")
-            self.root.entry = entry
+            if kind != DIR:
+                raise InvalidZtoc(f"the root directory as a member of type {TYPES[kind]}: {shown(name)}")
+            self.root.entry = at
             return
-        name = path.pop()
+        base = path.pop()
         if any(part.startswith(WHITEOUT) for part in path):
             return  # below a marker: union file systems' own housekeeping, never shown
-        parent = self._directory(path, entry)
-        if name.startswith(WHITEOUT):
-            self._mark(parent, name, entry)
-        else:
-            self._put(parent, name, entry)
-
-    def _put(self, parent: Directory, name: bytes, entry: TocEntry) -> None:
-        old = parent.children.get(name)
-        if entry.type == "dir" and isinstance(old, Directory):
-            old.entry = entry  # the attributes are the later entry's, every one of them; the children stay
+        parent = self._directory(path, name)
+        if base.startswith(WHITEOUT):
+            self._mark(parent, base, at)
             return
-        # Whatever else was here goes first, a directory with all below it: a hard link must not find it any more.
-        parent.children.pop(name, None)
-        if entry.type == "hardlink":
-            parent.children[name] = self._target(entry)
-        else:
-            self._count(entry.name)
-            parent.children[name] = Directory(entry) if entry.type == "dir" else Draft(entry)
+        self._put(parent, base, at, kind)
+        head, _, last = name.rpartition(b"/")
+        if last not in _NO_NAMES and len(self._known) < MAX_KNOWN:
+            self._known[head] = parent.children
 
-    def _mark(self, parent: Directory, name: bytes, entry: TocEntry) -> None:
-        if name == OPAQUE:
+    def _put(self, parent: Directory, base: bytes, at: int, kind: int) -> None:
+        old = parent.children.get(base)
+        if isinstance(old, Directory):
+            if kind == DIR:
+                old.entry = at  # the attributes are the later entry's, every one of them; the children stay
+                return
+            self._known.clear()  # it may hold what goes now
+        # Whatever else was here goes first, a directory with all below it: a hard link must not find it any more.
+        parent.children.pop(base, None)
+        if kind == HARDLINK:
+            parent.children[base] = self._target(at)
+        else:
+            self._count(self._names[at])
+            parent.children[base] = Directory(at) if kind == DIR else at
+
+    def _mark(self, parent: Directory, base: bytes, at: int) -> None:
+        if base == OPAQUE:
             parent.opaque = True
             return
-        hidden = name[len(WHITEOUT) :]
-        if hidden in (b"", b".", b"..") or hidden.startswith(WHITEOUT):
+        hidden = base[len(WHITEOUT) :]
+        if hidden in _NO_NAMES or hidden.startswith(WHITEOUT):
             return  # hides nothing that can have a name here (".wh..wh.plnk" and its like)
-        self._count(entry.name)
-        parent.whiteouts[hidden] = entry
+        self._count(self._names[at])
+        parent.whiteouts[hidden] = at
 
-    def _directory(self, path: list[bytes], entry: TocEntry) -> Directory:
+    def _directory(self, path: list[bytes], name: bytes) -> Directory:
         """The directory at ``path``, made with its parents where it is missing."""
         at = self.root
         for part in path:
             child = at.children.get(part)
             if child is None:
-                self._count(entry.name)
+                self._count(name)
                 child = at.children[part] = Directory()
             if not isinstance(child, Directory):
-                raise InvalidZtoc(f"a member below something that is not a directory: {shown(entry.name)}")
+                raise InvalidZtoc(f"a member below something that is not a directory: {shown(name)}")
             at = child
         return at
 
-    def _target(self, entry: TocEntry) -> Draft:
+    def _target(self, at: int) -> int:
         """What a hard link links to. It must have come before the link, as link(2) would have it."""
-        at: Draft | None = self.root
-        for part in clean_path(entry.linkname):
-            at = at.children.get(part) if isinstance(at, Directory) else None
-        if at is None:
-            raise InvalidZtoc(f"hard link {shown(entry.name)} to {shown(entry.linkname)}, which is not there before it")
-        if isinstance(at, Directory):
-            raise InvalidZtoc(f"hard link {shown(entry.name)} to the directory {shown(entry.linkname)}")
-        return at
+        name, link = self._names[at], self._links[at]
+        found: int | Directory | None = self.root
+        for part in clean_path(link):
+            found = found.children.get(part) if isinstance(found, Directory) else None
+        if found is None:
+            raise InvalidZtoc(f"hard link {shown(name)} to {shown(link)}, which is not there before it")
+        if isinstance(found, Directory):
+            raise InvalidZtoc(f"hard link {shown(name)} to the directory {shown(link)}")
+        return found
 
     def _count(self, name: bytes) -> None:
         self._nodes += 1
-        if self._nodes > MAX_NODES:
+        if self._nodes > MAX_NODES + len(self._names):
             raise InvalidZtoc(f"more than {MAX_NODES:,} files in one layer, at {shown(name)}")
 
 
-def _check(entry: TocEntry) -> None:
+def _check(entries: Entries) -> None:
     """Refuse what could not be shown to a kernel. What `soci.ztoc` has checked already costs little here."""
-    if entry.type not in _TYPES:
-        raise InvalidZtoc(f"unknown member type {entry.type[:20]!r}: {shown(entry.name)}")
-    if not 0 <= entry.size <= MAX_OFFSET or not 0 <= entry.offset <= MAX_OFFSET - entry.size:
-        raise InvalidZtoc(f"size {entry.size} at offset {entry.offset} is impossible: {shown(entry.name)}")
-    if not 0 <= entry.uid < 2**32 or not 0 <= entry.gid < 2**32:
-        raise InvalidZtoc(f"owner {entry.uid}:{entry.gid} is impossible: {shown(entry.name)}")
-    if entry.type == "symlink" and (not 1 <= len(entry.linkname) <= MAX_PATH or b"\0" in entry.linkname):
-        raise InvalidZtoc(f"a symbolic link's target is empty, has a NUL or is too long: {shown(entry.name)}")
-    if entry.type in ("char", "block") and not (
-        0 <= entry.devmajor <= MAX_DEVMAJOR and 0 <= entry.devminor <= MAX_DEVMINOR
-    ):
-        raise InvalidZtoc(f"device {entry.devmajor}:{entry.devminor} is impossible: {shown(entry.name)}")
+    for at, (offset, size) in enumerate(zip(entries.offsets, entries.sizes, strict=True)):
+        if size < 0 or not 0 <= offset <= MAX_OFFSET - size:
+            raise InvalidZtoc(f"size {size} at offset {offset} is impossible: {shown(entries.names[at])}")
+    for at, kind in enumerate(entries.types):
+        if kind == SYMLINK:
+            target = entries.links[at]
+            if not 1 <= len(target) <= MAX_PATH or b"\0" in target:
+                raise InvalidZtoc(
+                    f"a symbolic link's target is empty, has a NUL or is too long: {shown(entries.names[at])}"
+                )
+        elif kind in DEVICES and not (
+            0 <= entries.majors[at] <= MAX_DEVMAJOR and 0 <= entries.minors[at] <= MAX_DEVMINOR
+        ):
+            raise InvalidZtoc(
+                f"device {entries.majors[at]}:{entries.minors[at]} is impossible: {shown(entries.names[at])}"
+            )

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-import flatbuffers
-
 from soci.errors import InvalidZtoc
 from soci.flat import FlatBuffer, Tables, schema
+from soci.flat_write import Writer
 
 WINDOW_BYTES: Final = 32_768
 """Bytes of output that deflate may refer back to, kept whole with each checkpoint."""
@@ -26,6 +25,7 @@ RECORD_BYTES: Final = 8 + 8 + 1 + WINDOW_BYTES
 MAX_SPANS: Final = 131_000
 """Checkpoints of one layer. Beyond it the blob passes 4 GiB, which other implementations cannot address."""
 TAR_ZINFO_VERSION: Final = 2
+MAX_TAR_ZINFO_BYTES: Final = 48
 V1_FIRST_IN: Final = 10
 """Where version 1 takes the first span to start: behind a gzip header without optional fields."""
 
@@ -33,6 +33,7 @@ _HEADER: Final = struct.Struct("<iq")
 _POINT: Final = struct.Struct("<qqB")
 _ZERO_WINDOW: Final = memoryview(bytes(WINDOW_BYTES))
 _TAR_ZINFO: Final = schema("iqq")
+_TAR_ZINFO_FIELDS: Final = tuple(enumerate("iqq"))
 _INT64_MAX: Final = 2**63 - 1
 
 
@@ -134,10 +135,5 @@ def encode_tar_zinfo(zinfo: TarZinfo) -> bytes:
     """The TarZinfo buffer: one table, its fields added in slot order; raises `InvalidZtoc` for sizes that cannot be."""
     if not 1 <= zinfo.span_size <= _INT64_MAX or not 0 <= zinfo.size <= _INT64_MAX:
         raise InvalidZtoc(f"plain tar with span size {zinfo.span_size} and size {zinfo.size}")
-    builder = flatbuffers.Builder(0)
-    builder.StartObject(3)
-    builder.PrependInt32Slot(0, zinfo.version, 0)
-    builder.PrependInt64Slot(1, zinfo.span_size, 0)
-    builder.PrependInt64Slot(2, zinfo.size, 0)
-    builder.Finish(builder.EndObject())
-    return bytes(builder.Output())
+    writer = Writer(MAX_TAR_ZINFO_BYTES, "MAX_TAR_ZINFO_BYTES")
+    return writer.finish(writer.table(_TAR_ZINFO_FIELDS, (zinfo.version, zinfo.span_size, zinfo.size)))

@@ -8,13 +8,11 @@ strings with the size of the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from operator import attrgetter
-from typing import Final, cast, get_args
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from soci.errors import InvalidZtoc
 from soci.flat import FlatBuffer, Tables, schema
-from soci.tar_pax import is_sparse
 from soci.toc import (
     MAX_ENTRIES,
     MAX_NAME_BYTES,
@@ -28,6 +26,7 @@ from soci.toc import (
 from soci.toc_time import parse_rfc3339_ns
 from soci.zinfo import MAX_SPANS
 from soci.ztoc_encode import encode_ztoc
+from soci.ztoc_members import MIN_ENTRY_BYTES, parse_members
 
 __all__ = [
     "MAX_ENTRIES",
@@ -44,23 +43,14 @@ __all__ = [
     "xattrs",
 ]
 
-MIN_ENTRY_BYTES: Final = 36
-"""What a member takes at least: its place in the vector, and a table of seven offsets."""
-MIN_RECORD_BYTES: Final = 16
-"""What a PAX record takes at least: its place in the vector, and a table of two offsets."""
 MAX_DIGEST_BYTES: Final = 256
 """Bytes of a span digest's text."""
 
 _ROOT: Final = schema("IIqqII")
 _TOC: Final = schema("I")
-_ENTRY: Final = schema("IIqqIqIIIIIqqI")
-_RECORD: Final = schema("II")
 _COMPRESSION: Final = schema("biII", slot_0=1)
-_ALGORITHMS: Final[Mapping[int, Algorithm]] = {1: "gzip", 2: "uncompressed"}
-_TYPES: Final = {kind.encode(): cast("EntryType", kind) for kind in get_args(EntryType)}
+_ALGORITHMS: Final[Mapping[int, Algorithm]] = {1: "gzip", 2: "uncompressed", 3: "zstd"}
 _XATTR: Final = b"SCHILY.xattr."
-_BLOCK: Final = 512
-_NO_RECORDS: Final[Mapping[bytes, bytes]] = {}
 
 
 def parse_ztoc(data: bytes | memoryview, *, strict_version: bool = False) -> Ztoc:
@@ -97,12 +87,6 @@ class _Parsing:
 
     def __init__(self, data: bytes) -> None:
         self._buffer = FlatBuffer(data)
-        self._entry_tables = Tables(self._buffer, _ENTRY)
-        self._record_tables = Tables(self._buffer, _RECORD)
-        self._records_left = len(data) // MIN_RECORD_BYTES
-        # Owners and times repeat from member to member: one object each.
-        self._owners: dict[bytes, bytes] = {}
-        self._times: dict[bytes, str] = {}
 
     def ztoc(self) -> Ztoc:
         buffer = self._buffer
@@ -117,14 +101,12 @@ class _Parsing:
         toc = tables.target(root, 4, "table of contents")
         compression = tables.target(root, 5, "compression info")
         algorithm, max_span_id, digests, checkpoints = self._compression(compression)
-        entries = self._entries(toc)
-        _check_entries(entries, uncompressed_size)
         return Ztoc(
             version=version,
             build_tool=tool,
             compressed_size=compressed_size,
             uncompressed_size=uncompressed_size,
-            entries=tuple(entries),
+            entries=self._entries(toc, uncompressed_size),
             algorithm=algorithm,
             max_span_id=max_span_id,
             span_digests=digests,
@@ -150,81 +132,15 @@ class _Parsing:
         blob = buffer.bytes_at(table + offsets[3] + checkpoints) if checkpoints else b""
         return algorithm, max_span_id, tuple(texts), blob
 
-    def _entries(self, toc: int) -> list[TocEntry]:
+    def _entries(self, toc: int, uncompressed_size: int) -> Sequence[TocEntry]:
         buffer = self._buffer
         values, offsets = Tables(buffer, _TOC).row(toc)
         if not values[0]:
-            return []
+            return ()
         first, count = buffer.vector(toc + offsets[0] + values[0], 4, "members")
         if count > min(MAX_ENTRIES, buffer.size // MIN_ENTRY_BYTES):
             raise InvalidZtoc(f"{count} members in {buffer.size} bytes; at most {MAX_ENTRIES} are allowed")
-        return [self._entry(buffer.follow(at)) for at in range(first, first + 4 * count, 4)]
-
-    def _entry(self, table: int) -> TocEntry:
-        values, offsets = self._entry_tables.row(table)
-        name, kind, offset, size, link, mode, uid, gid, uname, gname, time, major, minor, pax, _ = values
-        take, owners = self._buffer.bytes_at, self._owners
-        word = take(table + offsets[1] + kind) if kind else b""
-        known = _TYPES.get(word)
-        if known is None:
-            raise InvalidZtoc(f"member of the unknown type {word[:20]!r}")
-        user = take(table + offsets[8] + uname) if uname else b""
-        group = take(table + offsets[9] + gname) if gname else b""
-        when = take(table + offsets[10] + time) if time else b""
-        text = self._times.get(when)
-        if text is None:
-            text = self._times[when] = when.decode("utf-8", "surrogateescape")
-        return TocEntry(
-            take(table + offsets[0] + name) if name else b"",
-            known,
-            offset,
-            size,
-            take(table + offsets[4] + link) if link else b"",
-            mode,
-            uid,
-            gid,
-            owners.setdefault(user, user),
-            owners.setdefault(group, group),
-            text,
-            major,
-            minor,
-            self._records(table + offsets[13] + pax) if pax else _NO_RECORDS,
-        )
-
-    def _records(self, at: int) -> Mapping[bytes, bytes]:
-        first, count = self._buffer.vector(at, 4, "PAX records")
-        if not count:
-            return _NO_RECORDS
-        self._records_left -= count
-        if self._records_left < 0:
-            raise InvalidZtoc("it uses the same PAX records over and over")
-        found: dict[bytes, bytes] = {}
-        for place in range(first, first + 4 * count, 4):
-            table = self._buffer.follow(place)
-            (key, value, _), offsets = self._record_tables.row(table)
-            word = self._buffer.bytes_at(table + offsets[0] + key) if key else b""
-            found[word] = self._buffer.bytes_at(table + offsets[1] + value) if value else b""
-        return found
+        return parse_members(buffer, first, count, uncompressed_size) if count else ()
 
     def _text(self, at: int) -> str:
         return self._buffer.bytes_at(at).decode("utf-8", "surrogateescape")
-
-
-def _check_entries(entries: list[TocEntry], uncompressed_size: int) -> None:
-    """Sort the members by where their data is, and refuse what could not be served from there."""
-    entries.sort(key=attrgetter("offset"))
-    following = 0
-    for entry in entries:
-        end = entry.offset + entry.size
-        # The size of a member without data is words: nothing is ever read by it.
-        last = end if entry.type == "reg" else entry.offset
-        if entry.size < 0 or entry.offset < following or last > uncompressed_size:
-            raise InvalidZtoc(
-                f"member {entry.name[:100]!r} at {entry.offset} with {entry.size} bytes: overlaps another, "
-                f"or the tar's end at {uncompressed_size}"
-            )
-        if len(entry.name) > MAX_NAME_BYTES or len(entry.linkname) > MAX_NAME_BYTES:
-            raise InvalidZtoc(f"name of more than {MAX_NAME_BYTES} bytes")
-        if entry.pax and is_sparse(entry.pax):
-            raise InvalidZtoc(f"sparse member {entry.name[:100]!r}: its data is not its content")
-        following = -(-end // _BLOCK) * _BLOCK

@@ -8,17 +8,30 @@ It is the format's own order here: two builders of one layer must come to the sa
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping
+from itertools import islice
 from typing import Final
 
-import flatbuffers
-from flatbuffers.builder import BuilderSizeError
-
+from soci.entries import Row, rows_backwards
 from soci.errors import InvalidZtoc, LimitExceeded
-from soci.toc import MAX_ENTRIES, MAX_ZTOC_BYTES, TocEntry, Ztoc
+from soci.flat_write import Layout, Writer, layout, text
+from soci.toc import MAX_ENTRIES, MAX_ZTOC_BYTES, Ztoc
 
-_ALGORITHMS: Final = {"gzip": 1, "uncompressed": 2}
+ALGORITHM_NUMBERS: Final = {"gzip": 1, "uncompressed": 2, "zstd": 3}
+"""The numbers of the compression algorithms; 3 is this project's own."""
+BATCH: Final = 4096
+"""Members that are written to one piece of the buffer."""
+MAX_WORDS: Final = 1024
+"""Owners' names that are kept as they stand in the buffer."""
+
 _GZIP: Final = 1  # the schema's default, hence not written
+_ROOT: Final = ((0, "I"), (1, "I"), (4, "I"), (2, "q"), (3, "q"), (5, "I"))
+_TOC: Final = ((0, "I"),)
+_COMPRESSION: Final = ((1, "i"), (2, "I"), (3, "I"), (0, "b"))
+_ENTRY: Final = tuple(enumerate("IIqqIqIIIIIqqI"))
+_SCALARS: Final = (2, 3, 5, 6, 7, 11, 12)
+_RECORD: Final = ((0, "I"), (1, "I"))
+_NO_VECTOR: Final = bytes(4)  # an empty one
 
 
 def encode_ztoc(ztoc: Ztoc) -> bytes:
@@ -29,86 +42,132 @@ def encode_ztoc(ztoc: Ztoc) -> bytes:
     """
     if len(ztoc.entries) > MAX_ENTRIES:
         raise LimitExceeded(f"{len(ztoc.entries)} members; a zTOC has at most {MAX_ENTRIES} (MAX_ENTRIES)")
-    builder = flatbuffers.Builder(0)
+    writer = Writer(MAX_ZTOC_BYTES, "MAX_ZTOC_BYTES")
     try:
-        content = _encode(builder, ztoc)
+        return _encode(writer, ztoc)
     except (struct.error, TypeError, OverflowError) as error:
         raise InvalidZtoc(f"a number that a zTOC cannot hold: {error}") from error
-    except BuilderSizeError as error:
-        raise LimitExceeded(f"zTOC of more than {MAX_ZTOC_BYTES} bytes (MAX_ZTOC_BYTES)") from error
-    if len(content) > MAX_ZTOC_BYTES:
-        raise LimitExceeded(f"zTOC of {len(content)} bytes; at most {MAX_ZTOC_BYTES} are allowed (MAX_ZTOC_BYTES)")
-    return content
 
 
-def _encode(builder: flatbuffers.Builder, ztoc: Ztoc) -> bytes:
-    version = builder.CreateString(_raw(ztoc.version))
-    tool = builder.CreateString(_raw(ztoc.build_tool))
-    members = [_entry(builder, entry) for entry in reversed(ztoc.entries)]
-    metadata = _offsets(builder, members[::-1])
-    builder.StartObject(1)
-    builder.PrependUOffsetTRelativeSlot(0, metadata, 0)
-    toc = builder.EndObject()
-
-    checkpoints = builder.CreateByteVector(ztoc.checkpoints)
-    digests = _offsets(builder, [builder.CreateString(_raw(digest)) for digest in ztoc.span_digests])
-    builder.StartObject(4)
-    builder.PrependInt32Slot(1, ztoc.max_span_id, 0)
-    builder.PrependUOffsetTRelativeSlot(2, digests, 0)
-    builder.PrependUOffsetTRelativeSlot(3, checkpoints, 0)
-    builder.PrependInt8Slot(0, _ALGORITHMS[ztoc.algorithm], _GZIP)
-    compression = builder.EndObject()
-
-    builder.StartObject(6)
-    builder.PrependUOffsetTRelativeSlot(0, version, 0)
-    builder.PrependUOffsetTRelativeSlot(1, tool, 0)
-    builder.PrependUOffsetTRelativeSlot(4, toc, 0)
-    builder.PrependInt64Slot(2, ztoc.compressed_size, 0)
-    builder.PrependInt64Slot(3, ztoc.uncompressed_size, 0)
-    builder.PrependUOffsetTRelativeSlot(5, compression, 0)
-    builder.Finish(builder.EndObject())
-    return bytes(builder.Output())
+def _encode(writer: Writer, ztoc: Ztoc) -> bytes:
+    version = writer.string(_raw(ztoc.version))
+    tool = writer.string(_raw(ztoc.build_tool))
+    members = _Members(writer)
+    rows = rows_backwards(ztoc.entries)
+    while batch := list(islice(rows, BATCH)):
+        members.write(batch)
+    metadata = writer.vector(members.marks[::-1])
+    toc = writer.table(_TOC, (metadata,))
+    checkpoints = writer.blob(ztoc.checkpoints)
+    digests = writer.vector([writer.string(_raw(digest)) for digest in ztoc.span_digests])
+    number = ALGORITHM_NUMBERS[ztoc.algorithm]
+    compression = writer.table(_COMPRESSION, (ztoc.max_span_id, digests, checkpoints, 0 if number == _GZIP else number))
+    root = writer.table(_ROOT, (version, tool, toc, ztoc.compressed_size, ztoc.uncompressed_size, compression))
+    return writer.finish(root)
 
 
-def _entry(builder: flatbuffers.Builder, entry: TocEntry) -> int:
-    texts = (entry.name, _raw(entry.type), entry.linkname, entry.uname, entry.gname, _raw(entry.mod_time))
-    name, kind, linkname, uname, gname, mod_time = map(builder.CreateString, texts)
-    pax = _offsets(builder, [_record(builder, key, entry.pax[key]) for key in sorted(entry.pax)])
-    builder.StartObject(14)
-    builder.PrependUOffsetTRelativeSlot(0, name, 0)
-    builder.PrependUOffsetTRelativeSlot(1, kind, 0)
-    builder.PrependInt64Slot(2, entry.offset, 0)
-    builder.PrependInt64Slot(3, entry.size, 0)
-    builder.PrependUOffsetTRelativeSlot(4, linkname, 0)
-    builder.PrependInt64Slot(5, entry.mode, 0)
-    builder.PrependUint32Slot(6, entry.uid, 0)
-    builder.PrependUint32Slot(7, entry.gid, 0)
-    builder.PrependUOffsetTRelativeSlot(8, uname, 0)
-    builder.PrependUOffsetTRelativeSlot(9, gname, 0)
-    builder.PrependUOffsetTRelativeSlot(10, mod_time, 0)
-    builder.PrependInt64Slot(11, entry.devmajor, 0)
-    builder.PrependInt64Slot(12, entry.devminor, 0)
-    builder.PrependUOffsetTRelativeSlot(13, pax, 0)
-    return int(builder.EndObject())
+class _Members:
+    """Writes the members' tables, each with its strings and records behind it."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.marks: list[int] = []
+        self._writer = writer
+        self._layouts: dict[tuple[bool, ...], tuple[Layout, ...]] = {}
+        self._words: dict[bytes, bytes] = {b"": text(b"")}
+
+    def write(self, rows: list[Row]) -> None:
+        """Write ``rows`` in their order, that is, each before the one that came before."""
+        writer, word = self._writer, self._word
+        layouts, vtables, marks = self._layouts, writer.vtables, self.marks
+        mark = writer.mark
+        pieces: list[bytes] = []
+        for name, kind, offset, size, link, mode, uid, gid, uname, gname, time, major, minor, pax in rows:
+            name_, kind_, link_ = text(name), word(kind), word(link) if not link else text(link)
+            uname_, gname_, time_ = word(uname), word(gname), text(time)
+            behind = b"".join((time_, gname_, uname_, link_, kind_, name_))
+            if pax:
+                records, vector = self._records(pax, mark + len(behind))
+                pieces += (behind, records, vector)
+                mark += len(behind) + len(records) + len(vector)
+                to_time = len(records) + len(vector)
+            else:
+                pieces += (behind, _NO_VECTOR)
+                mark += len(behind) + 4
+                to_time = 4
+            to_gname = to_time + len(time_)
+            to_uname = to_gname + len(gname_)
+            to_link = to_uname + len(uname_)
+            to_kind = to_link + len(link_)
+            key = (offset != 0, size != 0, mode != 0, uid != 0, gid != 0, major != 0, minor != 0)
+            found = layouts.get(key)
+            if found is None:
+                found = layouts[key] = self._layout(key)
+            made = found[mark >> 2 & 1]
+            n, k, _, _, li, _, _, _, un, gn, ti, _, _, xs = made.places
+            at = mark + made.length
+            vtable = vtables.get(made.vtable)
+            pieces.append(
+                made.pack(
+                    *made.pick((
+                        len(made.vtable) if vtable is None else vtable - at,
+                        xs, minor, major, ti + to_time, gn + to_gname, un + to_uname, gid, uid, mode, li + to_link,
+                        size, offset, k + to_kind, n + to_kind + len(kind_),
+                    ))
+                )
+            )  # fmt: skip
+            mark = at
+            marks.append(at)
+            if vtable is None:
+                pieces.append(made.vtable)
+                mark = vtables[made.vtable] = at + len(made.vtable)
+        pieces.reverse()
+        writer.put(b"".join(pieces))
+
+    def _records(self, pax: Mapping[bytes, bytes], mark: int) -> tuple[bytes, bytes]:
+        """PAX records in ascending order of their keys, written at ``mark``, and the vector of them."""
+        pieces: list[bytes] = []
+        marks: list[int] = []
+        vtables = self._writer.vtables
+        for key in sorted(pax):
+            key_, value_ = text(key), text(pax[key])
+            mark += len(key_) + len(value_)
+            made = _RECORD_LAYOUT
+            at = mark + made.length
+            vtable = vtables.get(made.vtable)
+            words = (len(made.vtable) if vtable is None else vtable - at, made.places[1], made.places[0] + len(value_))
+            pieces += (key_, value_, made.pack(*words))
+            mark = at
+            marks.append(at)
+            if vtable is None:
+                pieces.append(made.vtable)
+                mark = vtables[made.vtable] = at + len(made.vtable)
+        pieces.reverse()
+        at = mark + 4 * len(marks)
+        vector = struct.pack(
+            f"<I{len(marks)}I", len(marks), *(at - 4 * number - made_at for number, made_at in enumerate(marks))
+        )
+        return b"".join(pieces), vector
+
+    def _layout(self, key: tuple[bool, ...]) -> tuple[Layout, ...]:
+        present = [True] * len(_ENTRY)
+        for slot, there in zip(_SCALARS, key, strict=True):
+            present[slot] = there
+        made = layout(_ENTRY, present, 0), layout(_ENTRY, present, 4)
+        self._writer.align = max(self._writer.align, made[0].align)
+        return made
+
+    def _word(self, raw: bytes) -> bytes:
+        found = self._words.get(raw)
+        if found is None:
+            found = text(raw)
+            if len(self._words) < MAX_WORDS:
+                self._words[raw] = found
+        return found
 
 
-def _record(builder: flatbuffers.Builder, key: bytes, value: bytes) -> int:
-    key_at = builder.CreateString(key)
-    value_at = builder.CreateString(value)
-    builder.StartObject(2)
-    builder.PrependUOffsetTRelativeSlot(0, key_at, 0)
-    builder.PrependUOffsetTRelativeSlot(1, value_at, 0)
-    return int(builder.EndObject())
+_RECORD_LAYOUT: Final = layout(_RECORD, (True, True), 0)
 
 
-def _offsets(builder: flatbuffers.Builder, objects: Sequence[int]) -> int:
-    """A vector of offsets to ``objects``, in their order."""
-    builder.StartVector(4, len(objects), 4)
-    for at in reversed(objects):
-        builder.PrependUOffsetTRelative(at)
-    return int(builder.EndVector())
-
-
-def _raw(text: str) -> bytes:
+def _raw(raw: str) -> bytes:
     # `parse_ztoc` decodes the same way: a text that is not UTF-8 comes back as it was.
-    return text.encode("utf-8", "surrogateescape")
+    return raw.encode("utf-8", "surrogateescape")

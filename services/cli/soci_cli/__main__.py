@@ -6,22 +6,25 @@ Verbs are imported when they are used, so that ``soci --version`` and ``soci --h
 
 from __future__ import annotations
 
-import importlib
 import os
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import click
 
 from soci.errors import SociError
 from soci_cli.border import INTERRUPTED, say_error
+from soci_cli.groups import LazyGroup
 from soci_cli.values import (
     COMPATIBLE_VERSION,
+    CONTENT_STORES,
     DEFAULT_ADDRESS,
     DEFAULT_NAMESPACE,
     DEFAULT_NATS,
+    DEFAULT_ROOT,
     VERSION,
     Globals,
     parse_duration,
@@ -30,30 +33,16 @@ from soci_cli.values import (
 VERBS: Final = {
     "pull": ("soci_cli.pull", "Pull an image lazily."),
     "run": ("soci_cli.run", "Run a command in a container from an image."),
-    "index": ("soci_cli.index", "Build SOCI indexes."),
+    "create": ("soci_cli.create", "Make the SOCI index of an image in containerd."),
+    "convert": ("soci_cli.convert", "Make an image that carries its own SOCI index."),
+    "push": ("soci_cli.push", "Push an image's SOCI index to its registry."),
+    "index": ("soci_cli.index", "Build, list, show and remove SOCI indexes."),
+    "ztoc": ("soci_cli.ztoc", "List and show zTOCs, and read files by them."),
+    "prefetch": ("soci_cli.prefetch", "List and show prefetch lists."),
+    "rebuild-db": ("soci_cli.rebuild", "Build the artifacts database anew from the content store."),
     "launch": ("soci_cli.launch", "See how images were launched."),
 }
 """Verb → the module whose ``command`` it is, and its line in the help."""
-
-
-class LazyGroup(click.Group):
-    """A group whose verbs are modules, imported on use."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """The verbs in their order."""
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """Import the verb's module."""
-        if cmd_name not in VERBS:
-            return None
-        command: click.Command = importlib.import_module(VERBS[cmd_name][0]).command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """The verbs' lines, without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
 
 
 def _duration(_context: click.Context, _parameter: click.Parameter, value: str) -> float:
@@ -66,7 +55,12 @@ def _print_version(context: click.Context, _parameter: click.Parameter, value: A
         context.exit()
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    verbs=VERBS,
+    aliases={"rebuild_db": "rebuild-db"},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "--address",
     "-a",
@@ -86,6 +80,14 @@ def _print_version(context: click.Context, _parameter: click.Parameter, value: A
 @click.option(
     "--timeout", default="0", callback=_duration, help="End the command after this time (30, 1m30s); 0 is never."
 )
+@click.option(
+    "--content-store",
+    type=click.Choice(CONTENT_STORES),
+    default="containerd",
+    show_default=True,
+    help="Where indexes and zTOCs are kept: in containerd, or below --root.",
+)
+@click.option("--root", default=DEFAULT_ROOT, show_default=True, help="The folder of the artifacts database.")
 @click.option("--nats-url", envvar="NATS_URL", default=DEFAULT_NATS, show_default=True, help="The bus.")
 @click.option("--node", default="", help="The node whose services are asked; default: this host's name.")
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
@@ -100,10 +102,21 @@ def _print_version(context: click.Context, _parameter: click.Parameter, value: A
 )
 @click.pass_context
 def cli(  # noqa: PLR0913  one parameter a flag
-    context: click.Context, *, address: str, namespace: str, timeout: float, nats_url: str, node: str, debug: bool
+    context: click.Context,
+    *,
+    address: str,
+    namespace: str,
+    timeout: float,
+    content_store: str,
+    root: str,
+    nats_url: str,
+    node: str,
+    debug: bool,
 ) -> None:
     """Start containers before their images arrive."""
-    context.obj = Globals(address, namespace, timeout, debug, nats_url, node or socket.gethostname())
+    context.obj = Globals(
+        address, namespace, timeout, debug, nats_url, node or socket.gethostname(), content_store, Path(root)
+    )
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from soci.errors import InvalidConfig
@@ -20,6 +21,8 @@ DEFAULT_ADDRESS: Final = "/run/containerd/containerd.sock"
 DEFAULT_NAMESPACE: Final = "default"
 DEFAULT_SNAPSHOTTER: Final = "sociable"
 DEFAULT_NATS: Final = "nats://127.0.0.1:4222"
+DEFAULT_ROOT: Final = "/var/lib/soci-snapshotter-grpc"
+CONTENT_STORES: Final = ("containerd", "soci")
 DEFAULT_PLATFORM: Final = str(parse_platform(f"linux/{os.uname().machine}"))
 
 _UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -38,6 +41,8 @@ class Globals:
     debug: bool = False
     nats_url: str = DEFAULT_NATS
     node: str = ""
+    content_store: str = "containerd"
+    root: Path = Path(DEFAULT_ROOT)
 
 
 def parse_duration(text: str) -> float:

@@ -7,6 +7,7 @@ from soci_bus.asks import FetchLayer, FetchSpans, FindIndex, PrepareLayer, ReadI
 from soci_bus.nats import connect
 from soci_cache import LayerStore
 from soci_fetcher.finder import Finder
+from soci_fetcher.flights import Flights
 from soci_fetcher.layers import LayerFetcher
 from soci_fetcher.spans import SpanFetcher
 from soci_registry import DockerConfig, Registry, RegistrySettings
@@ -22,12 +23,13 @@ async def run(config: Config, process: Process) -> None:
     settings = RegistrySettings(plain_http=frozenset(config.plain_http))
     async with (
         Registry(settings=settings, credentials=DockerConfig()) as registry,
+        Flights() as flights,
         connect(config.nats_url, node=config.node, name="soci-fetcher", trouble=trouble) as bus,
     ):
         store = LayerStore(config.cache)
-        spans = SpanFetcher(store, registry, bus.publish, attempts=config.span_attempts)
+        spans = SpanFetcher(store, registry, bus.publish, flights, attempts=config.span_attempts)
         layers = LayerFetcher(store, registry, bus.publish, config.cache / "whole")
-        finder = Finder(registry, v1=config.soci_v1, v2=config.soci_v2, failure_ttl=config.index_failure_ttl)
+        finder = Finder(registry, flights, v1=config.soci_v1, v2=config.soci_v2, failure_ttl=config.index_failure_ttl)
         await bus.serve(FindIndex, finder.find, queue=QUEUE)
         await bus.serve(PrepareLayer, layers.prepare, queue=QUEUE)
         await bus.serve(FetchSpans, spans.fetch, queue=QUEUE)

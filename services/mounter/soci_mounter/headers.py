@@ -7,10 +7,10 @@ header right before them is compared with its entry: content under a wrong name 
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from soci.entries import Entries
 from soci.errors import Mismatch, SociError
 from soci.tar import BLOCK, MAX_PAYLOAD_BYTES, TarWalker
 from soci.toc import TocEntry
@@ -25,8 +25,8 @@ class Headers:
     """The headers of one layer's members."""
 
     def __init__(self, entries: Sequence[TocEntry]) -> None:
-        self._entries = entries
-        self._offsets = array("q", [entry.offset for entry in entries])
+        self._entries = Entries.of(entries)  # columns: no member is made before somebody reads it
+        self._offsets = self._entries.offsets
 
     @classmethod
     def of(cls, entries: Sequence[TocEntry]) -> Headers:

@@ -15,7 +15,10 @@ from contextlib import suppress
 
 from soci.errors import Unavailable
 from soci.tree import LayerTree
-from soci_mounter.filesystem import OPAQUE, OPAQUE_YES, PRIVATE, Inherited
+from soci_mounter.filesystem import OPAQUE, OPAQUE_YES, Inherited
+
+# What overlayfs keeps of its own on a lower directory says nothing of ours, and it would obey some of it.
+PRIVATE = b"trusted."
 
 
 def inherit(tree: LayerTree, lower: Sequence[str]) -> dict[int, Inherited]:

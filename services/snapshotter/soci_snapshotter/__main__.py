@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from soci.errors import FailedPrecondition, SociError
+from soci.errors import BusUnavailable, FailedPrecondition, SociError
 from soci_bus.nats import NatsBus, connect
 from soci_runtime.config import Config
 from soci_runtime.logs import log
 from soci_runtime.serve import Process, service_command, trouble
-from soci_snapshotter.grpc_door import listening
+from soci_snapshotter.directories import numbers
+from soci_snapshotter.grpc_door import claim_socket, listening
 from soci_snapshotter.layers import Layers
 from soci_snapshotter.mounts import Places, is_lazy
 from soci_snapshotter.outbox import publish_log
@@ -31,7 +32,10 @@ RESTORE_WAIT = 2.0
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Two snapshotters on one root would undo each other's work: the second ends at once and says so."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise FailedPrecondition(f"{folder / 'lock'}: {error.strerror}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -48,34 +52,52 @@ async def restore(store: SnapshotStore, layers: Layers, thread: ThreadPoolExecut
     loop = asyncio.get_running_loop()
     await bus.up.wait()
     for attempt in range(RESTORE_TRIES):
-        lazy = [one for one in await loop.run_in_executor(thread, store.all) if is_lazy(one)]
-        try:
-            chain = [(one, await loop.run_in_executor(thread, store.parents, one)) for one in reversed(lazy)]
-            await layers.check(chain)
-        except SociError as error:
-            log.warning("lazy layers are not all shown yet", attempt=attempt + 1, error=error)
-            await asyncio.sleep(RESTORE_WAIT)
-        else:
+        missing = 0
+        for one in await loop.run_in_executor(thread, store.all):  # the oldest first: the lowest
+            if not is_lazy(one):
+                continue
+            try:
+                await layers.check([(one, await loop.run_in_executor(thread, store.parents, one))])
+            except SociError as error:
+                missing += 1
+                log.warning("a lazy layer is not shown yet", snapshot=one.name, attempt=attempt + 1, error=error)
+                if isinstance(error.__cause__, BusUnavailable):
+                    break  # so are all others
+        if not missing:
             return
+        await asyncio.sleep(RESTORE_WAIT)
+
+
+def make_folders(folder: Path, places: Places) -> None:
+    """Our folders, for root alone: programs in images are setuid. Raises `FailedPrecondition`."""
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for one in (folder, places.snapshots):
+            one.mkdir(mode=0o700, exist_ok=True)
+            one.chmod(0o700)
+    except OSError as error:
+        raise FailedPrecondition(f"{error.filename or folder}: {error.strerror}") from error
 
 
 async def run(config: Config, process: Process) -> None:
     """Serve until told to stop."""
     folder = config.root / "snapshotter"
     places = Places(folder / "snapshots", config.mounts)
-    places.snapshots.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folders(folder, places)
     with only_one(folder), ThreadPoolExecutor(1, "database") as thread:
         loop = asyncio.get_running_loop()
         store = await loop.run_in_executor(thread, SnapshotStore, folder / "metadata.db")
+        # directories of calls that a crash cut short, or of a database that was moved away: not to be used again
+        await loop.run_in_executor(thread, store.reserve, numbers(places.snapshots))
+        await claim_socket(config.address)
         async with connect(config.nats_url, node=config.node, name="soci-snapshotter", trouble=trouble) as bus:
             layers = Layers(bus, places, min_layer_size=config.min_layer_size, mount_timeout=config.mount_timeout)
             snapshots = Snapshots(store, layers, places, bus, thread)
-            async with asyncio.TaskGroup() as tasks:
+            async with listening(config.address, snapshots), asyncio.TaskGroup() as tasks:
                 publishing = tasks.create_task(publish_log(store, bus, thread))
                 restoring = tasks.create_task(restore(store, layers, thread, bus))
-                async with listening(config.address, snapshots):
-                    process.ready(address=config.address, root=str(config.root), node=config.node)
-                    await process.stopping.wait()
+                process.ready(address=config.address, root=str(config.root), node=config.node)
+                await process.stopping.wait()
                 publishing.cancel()
                 restoring.cancel()
         await loop.run_in_executor(thread, store.close)

@@ -7,6 +7,7 @@ Nothing is decided here. Clients branch on the status code alone, so each class 
 # ruff: noqa: N802, D102 -- methods are named, and described, by the protocol
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from functools import wraps
@@ -18,7 +19,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from soci import errors
-from soci.errors import InvalidConfig, SociError
+from soci.errors import FailedPrecondition, InvalidConfig, SociError
 from soci_proto.containerd.services.snapshots.v1 import snapshots_pb2 as pb
 from soci_proto.containerd.services.snapshots.v1 import snapshots_pb2_grpc as rpc
 from soci_proto.containerd.types.mount_pb2 import Mount as MountMessage
@@ -31,6 +32,12 @@ MESSAGE_LIMIT = 16 << 20
 """Bytes of a message each way, as containerd has it."""
 LIST_BATCH = 100
 """Snapshots in one message of List's stream."""
+LIST_BYTES = MESSAGE_LIMIT // 4
+"""Bytes of such a message, before its last snapshot; one snapshot has less than as much again."""
+ERROR_TEXT = 1000
+"""Bytes of an error's text: the protocol writes most of those beyond ASCII as three, and limits the whole to 8 KiB."""
+CONNECT_TIMEOUT = 2.0
+"""Seconds in which somebody who listens on the socket already takes a connection."""
 CONCURRENT_CALLS = 256
 """Calls answered at a time; gRPC refuses more with RESOURCE_EXHAUSTED."""
 STOP_GRACE = 5.0
@@ -44,7 +51,6 @@ _STATUS: tuple[tuple[type[SociError], grpc.StatusCode], ...] = (
     (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.Unsupported, grpc.StatusCode.UNIMPLEMENTED),
-    (errors.LimitExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED),
 )
 _KINDS = {"view": pb.VIEW, "active": pb.ACTIVE, "committed": pb.COMMITTED}
 
@@ -68,7 +74,7 @@ def answered(call: Call[Request, Reply]) -> Call[Request, Reply]:
         except SociError as error:
             if status_of(error) in {grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE}:
                 log.warning("call failed", call=call.__name__, error=error)
-            await context.abort(status_of(error), str(error))
+            await context.abort(status_of(error), _text(error))
         except Exception as error:  # noqa: BLE001  a bug must reach the client as a status, not as a dropped call
             log.exception("call failed", call=call.__name__, error=error)
             await context.abort(grpc.StatusCode.UNKNOWN, f"{call.__name__}: internal error {type(error).__name__}")
@@ -119,9 +125,16 @@ class SnapshotsDoor(rpc.SnapshotsServicer):
 
     async def List(self, request: pb.ListSnapshotsRequest, context: Any) -> AsyncIterator[pb.ListSnapshotsResponse]:
         found = await self._list(request, context)
-        for start in range(0, len(found), LIST_BATCH):
-            batch = found[start : start + LIST_BATCH]
-            yield pb.ListSnapshotsResponse(info=[_info(snapshot) for snapshot in batch])
+        batch: list[pb.Info] = []
+        size = 0
+        for snapshot in found:
+            batch.append(_info(snapshot))
+            size += batch[-1].ByteSize()
+            if len(batch) >= LIST_BATCH or size >= LIST_BYTES:
+                yield pb.ListSnapshotsResponse(info=batch)
+                batch, size = [], 0
+        if batch:
+            yield pb.ListSnapshotsResponse(info=batch)
 
     @answered
     async def _list(self, request: pb.ListSnapshotsRequest, context: Any) -> Sequence[Snapshot]:  # noqa: ARG002
@@ -136,6 +149,10 @@ class SnapshotsDoor(rpc.SnapshotsServicer):
     async def Cleanup(self, request: pb.CleanupRequest, context: Any) -> Empty:  # noqa: ARG002
         await self._snapshots.cleanup()
         return Empty()
+
+
+def _text(error: BaseException) -> str:
+    return str(error).encode(errors="replace")[:ERROR_TEXT].decode(errors="ignore") or type(error).__name__
 
 
 def _namespace(context: Any) -> str:
@@ -162,14 +179,29 @@ def _time(at_ns: int) -> Timestamp:
     return Timestamp(seconds=at_ns // 1_000_000_000, nanos=at_ns % 1_000_000_000)
 
 
+async def claim_socket(address: str) -> None:
+    """Make room for a socket at ``address``: one left over by a killed predecessor is taken away.
+
+    Raises `FailedPrecondition` where somebody listens on it, `InvalidConfig` where no socket can be.
+    """
+    path = Path(address)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.is_socket():
+            if await _somebody_listens(address):
+                raise FailedPrecondition(f"another process listens on {address} already")
+            path.unlink()
+        elif path.exists():
+            raise InvalidConfig(f"cannot listen on {address}: it is there and no socket")
+    except OSError as error:
+        raise InvalidConfig(f"cannot listen on {address}: {error.strerror}") from error
+
+
 @asynccontextmanager
 async def listening(address: str, snapshots: Snapshots) -> AsyncIterator[None]:
-    """Serve on the unix socket ``address``; a socket left over by a killed predecessor is taken away first."""
-    socket = Path(address)
+    """Serve on the unix socket ``address``, which `claim_socket` made room for."""
+    path = Path(address)
     try:
-        socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if socket.is_socket():
-            socket.unlink()
         options = [
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
             ("grpc.max_send_message_length", MESSAGE_LIMIT),
@@ -178,11 +210,23 @@ async def listening(address: str, snapshots: Snapshots) -> AsyncIterator[None]:
         rpc.add_SnapshotsServicer_to_server(SnapshotsDoor(snapshots), server)
         server.add_insecure_port(f"unix:{address}")
         await server.start()
-        socket.chmod(0o660)
+        path.chmod(0o660)
     except (OSError, RuntimeError) as error:
         raise InvalidConfig(f"cannot listen on {address}: {error}") from error
     try:
         yield
     finally:
         await server.stop(STOP_GRACE)
-        socket.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+async def _somebody_listens(address: str) -> bool:
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            _, writer = await asyncio.open_unix_connection(address)
+    except TimeoutError:  # its queue is full
+        return True
+    except OSError:
+        return False
+    writer.close()
+    return True

@@ -32,8 +32,6 @@ _FAMILIES = {
     "manifest": ("containerd.io/snapshot/cri.manifest-digest",),
     "layer": ("containerd.io/snapshot/cri.layer-digest", "containerd.io/snapshot/remote/stargz.digest"),
 }
-LABEL_LIMIT = 4096
-"""Bytes of a label's key and value together (containerd's own limit)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +77,3 @@ def read_traceparent(labels: Mapping[str, str]) -> TraceParent | None:
 def without_ours(labels: Mapping[str, str]) -> dict[str, str]:
     """A client's labels, without those that only we may set."""
     return {key: value for key, value in labels.items() if key not in OURS}
-
-
-def only_ours(labels: Mapping[str, str]) -> dict[str, str]:
-    """Those that only we may set."""
-    return {key: value for key, value in labels.items() if key in OURS}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from soci.launch import TraceParent
 
 OPEN_LAUNCHES = 1024
-"""Launches that may be under way; the oldest is closed when one more begins."""
+"""Launches that may be under way; the one not heard of for longest is closed when one more begins."""
 LAUNCH_GAP = 120.0
 """Seconds without a call, after which the next call for the image begins another launch."""
 
@@ -34,6 +34,7 @@ class Launches:
         if launch is None or now - launch.heard > LAUNCH_GAP or (told and told.launch != launch.trace.launch):
             return None
         launch.heard = now
+        self._open.move_to_end((namespace, manifest))
         return launch.trace
 
     def begin(self, namespace: str, manifest: str, trace: TraceParent, now: float) -> None:

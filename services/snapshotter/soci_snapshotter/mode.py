@@ -62,6 +62,8 @@ def choose(facts: Facts) -> Mode:
     """The way for these facts."""
     if facts.layer is None:
         return Defer(facts.labels_wrong)
+    if facts.whole_failed and facts.lazy_failed:
+        return Defer(f"it could not be mounted lazily ({facts.lazy_failed}), nor unpacked here: {facts.whole_failed}")
     if facts.whole_failed:
         return Defer(f"it could not be unpacked here: {facts.whole_failed}")
     if facts.index is None:

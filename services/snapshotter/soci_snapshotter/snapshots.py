@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
-from soci.errors import AlreadyExists, FailedPrecondition, InvalidInput, NoIndex, SociError
+from soci.errors import AlreadyExists, FailedPrecondition, InvalidInput, NoIndex, SociError, Unavailable, Unsupported
 from soci.launch import TraceParent
 from soci_bus.asks import AttachLaunch
 from soci_bus.events import ContainerPrepared, IndexChosen, LaunchStarted, ModeChosen
@@ -24,19 +24,21 @@ from soci_bus.face import Bus
 from soci_runtime.logs import log
 from soci_runtime.tracing import step
 from soci_snapshotter import labels as names
-from soci_snapshotter.directories import make_directories, numbers, owner_of, remove_directory
+from soci_snapshotter.directories import make_directories, numbers, owner_of, remove_directory, was_shown
 from soci_snapshotter.filters import parse_filters
 from soci_snapshotter.labels import RemoteLabels, read_remote_labels, read_traceparent
 from soci_snapshotter.launches import Launches
 from soci_snapshotter.layers import Brought, Layers
 from soci_snapshotter.mode import Defer, Facts, Lazy
-from soci_snapshotter.mounts import Mount, Places, is_lazy, mounts_of
+from soci_snapshotter.mounts import OVERLAY_LAYERS, Mount, Places, is_lazy, mounts_of
 from soci_snapshotter.state import Kind, Snapshot
 from soci_snapshotter.store import SnapshotStore
 from soci_snapshotter.usage import disk_usage
 
 ATTACH_TIMEOUT = 2.0
 """Seconds in which the mounter takes note of a launch; without it misses are only filed under the launch before."""
+OWNER_TIMEOUT = 5.0
+"""Seconds in which a layer must say whom its root directory belongs to; a mount may hang."""
 
 # what operators of the reference grep their logs for
 _SAID = {
@@ -60,6 +62,7 @@ class Snapshots:
         self._bus = bus
         self._thread = thread
         self._launches = Launches()
+        self._cleaning = asyncio.Lock()
         self._index_off = os.path.exists("/sys/module/overlay/parameters/index")  # noqa: PTH110
 
     async def _db(self, call: Callable[..., Result], *args: object, **options: object) -> Result:
@@ -72,25 +75,28 @@ class Snapshots:
         target = labels.get(names.REF)
         labels = names.without_ours(labels)
         if target:
-            labels = {**labels, names.NAMESPACE: namespace_of(key, namespace)}
+            found = namespace_of(key, namespace)
+            if not found:
+                raise FailedPrecondition(f"a namespace is required to bring layers, and {key[:200]!r} does not say it")
+            labels = {**labels, names.NAMESPACE: found}
         made = await self._make(key, parent, "active", labels)
-        parents = await self._db(self._store.parents, made)
-        if target:
+        async with self._forgotten_unless_done(made):
+            parents = await self._db(self._store.parents, made)
+            if not target:
+                await self._container(made, parents, namespace_of(key, namespace))
+                return mounts_of(made, parents, self._places, index_off=self._index_off)
             brought = await self._bring(made, parents)
-            if not isinstance(brought.mode, Defer):
-                await self._commit_remote(target, made, brought)
-                raise AlreadyExists(f"target snapshot {target!r}: already exists")
-        else:
-            await self._check(parents)
-            await self._container(made, parents)
-        return mounts_of(made, parents, self._places, index_off=self._index_off)
+            if isinstance(brought.mode, Defer):
+                return mounts_of(made, parents, self._places, index_off=self._index_off)
+            await self._commit_remote(target, made, brought)
+        raise AlreadyExists(f"target snapshot {target!r}: already exists")
 
     async def view(self, key: str, parent: str, labels: Mapping[str, str]) -> tuple[Mount, ...]:
         """A new view."""
         made = await self._make(key, parent, "view", names.without_ours(labels))
-        parents = await self._db(self._store.parents, made)
-        await self._check(parents)
-        return mounts_of(made, parents, self._places, index_off=self._index_off)
+        async with self._forgotten_unless_done(made):
+            parents = await self._db(self._store.parents, made)
+            return mounts_of(made, parents, self._places, index_off=self._index_off)
 
     async def mounts(self, key: str) -> tuple[Mount, ...]:
         """The mounts of an active snapshot or view."""
@@ -103,8 +109,10 @@ class Snapshots:
 
     async def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str) -> None:
         """Make an active snapshot a committed one."""
-        found = await self._db(self._store.get, key)
-        size, inodes = await asyncio.to_thread(disk_usage, self._places.upper(found.id))
+        found = await self._db(self._store.find, key)
+        size = inodes = 0
+        if found and found.kind == "active":
+            size, inodes = await asyncio.to_thread(disk_usage, self._places.upper(found.id))
         wanted = names.without_ours(labels)
         await self._db(self._store.commit, name, key, wanted, parent=parent, size=size, inodes=inodes)
 
@@ -117,16 +125,14 @@ class Snapshots:
         return await self._db(self._store.get, key)
 
     async def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Snapshot:
-        """Change labels."""
-        ours = names.only_ours((await self._db(self._store.get, name)).labels)
-        if any(path.removeprefix("labels.") in names.OURS for path in paths):
-            raise InvalidInput(f"labels {', '.join(names.OURS)} are the snapshotter's own")
-        return await self._db(self._store.update, name, {**names.without_ours(labels), **ours}, list(paths))
+        """Change labels, but not those that are ours."""
+        return await self._db(self._store.update, name, labels, list(paths), names.OURS)
 
     async def list(self, filters: Sequence[str]) -> Sequence[Snapshot]:
         """The snapshots that one of the filters matches."""
         matches = parse_filters(filters)
-        return [snapshot for snapshot in await self._db(self._store.all) if matches(snapshot)]
+        found = await self._db(self._store.all)
+        return await asyncio.to_thread(lambda: [snapshot for snapshot in found if matches(snapshot)])
 
     async def usage(self, key: str) -> tuple[int, int]:
         """Bytes and inodes: measured for an active snapshot, as it was at commit for the others."""
@@ -136,33 +142,73 @@ class Snapshots:
         return found.size, found.inodes
 
     async def cleanup(self) -> None:
-        """Free directories and mounts of snapshots that are no more. What cannot be freed now is tried next time."""
-        on_disk = await asyncio.to_thread(numbers, self._places.snapshots)
-        known = {str(snapshot.id) for snapshot in await self._db(self._store.all)}  # read after the directories
-        for number in on_disk:
-            if number in known:
-                continue
-            try:
-                await self._layers.hide(number)
-                await asyncio.to_thread(remove_directory, self._places.snapshots / number)
-            except (SociError, OSError) as error:
-                log.warning("a removed snapshot is not freed yet", snapshot=number, error=error)
+        """Free directories and mounts of snapshots that are no more. What cannot be freed now is tried next time.
+
+        A snapshot that is made meanwhile is safe: its number is none of those read here, and these are not given any
+        more once the table was asked about them.
+        """
+        async with self._cleaning:
+            on_disk = await asyncio.to_thread(numbers, self._places.snapshots)
+            mounter_away = False
+            for number in sorted(await self._db(self._store.reserve, on_disk)):
+                place = self._places.snapshots / str(number)
+                try:
+                    if was_shown(place):
+                        if mounter_away:
+                            continue
+                        await self._layers.hide(str(number))
+                    await asyncio.to_thread(remove_directory, place)
+                except (SociError, OSError) as error:
+                    mounter_away = mounter_away or isinstance(error, Unavailable)
+                    log.warning("a removed snapshot is not freed yet", snapshot=number, error=error)
+            await self._db(self._store.trim)
 
     # --- inside
 
     async def _make(self, key: str, parent: str, kind: Kind, labels: Mapping[str, str]) -> Snapshot:
+        """All that may fail or take time comes first, so that a call that fails leaves no snapshot behind."""
         owner = None
-        if parent:
-            below = await self._db(self._store.find, parent)
-            if below and below.kind == "committed":
-                if is_lazy(below):
-                    await self._check([below, *await self._db(self._store.parents, below)])
-                owner = await asyncio.to_thread(owner_of, self._places.contents(below))
+        below = await self._db(self._store.find, parent) if parent else None
+        if below and below.kind == "committed":
+            chain = [below, *await self._db(self._store.parents, below)]
+            if len(chain) > OVERLAY_LAYERS:
+                raise Unsupported(f"{len(chain)} layers: the kernel's overlayfs takes {OVERLAY_LAYERS}")
+            await self._check(chain)
+            owner = await self._owner(below)
 
         def directories(number: int) -> None:
             make_directories(self._places.snapshots / str(number), active=kind == "active", owner=owner)
 
-        return await self._db(self._store.prepare, key, parent, kind, dict(labels), directories)
+        made = asyncio.ensure_future(self._db(self._store.prepare, key, parent, kind, dict(labels), directories))
+        try:
+            return await asyncio.shield(made)
+        except asyncio.CancelledError:  # nobody waits for it any more
+            with suppress(SociError):
+                await self._db(self._store.abandon, await made)
+            raise
+
+    async def _owner(self, below: Snapshot) -> tuple[int, int]:
+        directory = self._places.contents(below)
+        try:
+            async with asyncio.timeout(OWNER_TIMEOUT):
+                return await asyncio.to_thread(owner_of, directory)
+        except TimeoutError as error:
+            raise Unavailable(f"{directory} does not answer") from error
+
+    @asynccontextmanager
+    async def _forgotten_unless_done(self, made: Snapshot) -> AsyncIterator[None]:
+        """Where the call fails, or its client goes away, the snapshot goes too: the key is free again."""
+        try:
+            yield
+        except BaseException:
+            await self._forget(made)
+            raise
+
+    async def _forget(self, made: Snapshot) -> None:
+        try:
+            await asyncio.shield(self._db(self._store.abandon, made))
+        except SociError as error:
+            log.warning("a snapshot whose making failed is still there", key=made.name, error=error)
 
     async def _check(self, chain: Sequence[Snapshot]) -> None:
         """`Unavailable` unless every lazy layer of ``chain`` (nearest first) is shown."""
@@ -177,9 +223,9 @@ class Snapshots:
             return Brought(Defer(str(error)))
         trace, first = self._launch(wanted, made.labels, by="pull")
         with step("prepare", trace, layer=wanted.layer, image=wanted.image) as here:
-            facts = Facts(wanted.layer, size=wanted.size)
+            ends = self._layers.deadline()
             try:
-                index = await self._layers.find_index(wanted, here)
+                index = await self._layers.find_index(wanted, here, ends)
                 facts = Facts(wanted.layer, index=index, size=wanted.size)
                 chosen = IndexChosen(trace.launch, index.index, index.found_by, "")
             except NoIndex as error:
@@ -187,7 +233,7 @@ class Snapshots:
                 chosen = IndexChosen(trace.launch, None, "", str(error))
             if first:
                 self._bus.publish(chosen)
-            brought = await self._layers.bring(made, parents, wanted, facts, here)
+            brought = await self._layers.bring(made, parents, wanted, facts, here, ends=ends)
         mode = brought.mode
         seconds = time.monotonic() - begun
         self._bus.publish(ModeChosen(trace.launch, wanted.layer, mode.name, mode.why, wanted.size, seconds))
@@ -203,22 +249,30 @@ class Snapshots:
             labels[names.REMOTE] = names.REMOTE_VALUE
             labels[names.ZTOC] = brought.mode.ztoc.ztoc
             labels[names.ZTOC_SIZE] = str(brought.mode.ztoc.ztoc_size)
-        with suppress(AlreadyExists):  # another pull of the same layer was faster; containerd drops our active one
-            await self._db(self._store.commit, target, made.name, labels, size=brought.size, inodes=brought.inodes)
+        usage = {"size": brought.size, "inodes": brought.inodes}
+        try:
+            await self._db(self._store.commit, target, made.name, labels, **usage)
+        except AlreadyExists:
+            taken = await self._db(self._store.find, target)
+            wanted = ("committed", made.parent, target)
+            if taken and (taken.kind, taken.parent, taken.labels.get(names.REF)) == wanted:
+                await self._forget(made)  # another pull of the same layer was faster
+            else:  # containerd looks for label and parent, not for a name
+                await self._db(self._store.commit, f"{target} {made.id}", made.name, labels, **usage)
 
-    async def _container(self, made: Snapshot, parents: Sequence[Snapshot]) -> None:
+    async def _container(self, made: Snapshot, parents: Sequence[Snapshot], namespace: str) -> None:
         """A container is about to start over lazy layers: its launch begins, or goes on."""
         lazy = [snapshot for snapshot in parents if is_lazy(snapshot)]
         if not lazy:
             return
         with suppress(InvalidInput):
             wanted = read_remote_labels(lazy[0].labels)
-            said = {**lazy[0].labels, names.NAMESPACE: namespace_of(made.name, "")}
+            said = {**lazy[0].labels, names.NAMESPACE: namespace}
             said.pop(names.TRACEPARENT, None)  # the pull's, which may be long ago
             if names.TRACEPARENT in made.labels:
                 said[names.TRACEPARENT] = made.labels[names.TRACEPARENT]
             trace, _ = self._launch(wanted, said, by="container")
-            self._launches.end(said[names.NAMESPACE], wanted.manifest)
+            self._launches.end(namespace, wanted.manifest)
             attach = AttachLaunch(trace.launch, tuple(str(snapshot.id) for snapshot in lazy))
             try:
                 await self._bus.ask(attach, timeout=ATTACH_TIMEOUT, trace=trace)
@@ -241,5 +295,7 @@ class Snapshots:
 
 
 def namespace_of(key: str, header: str) -> str:
-    """Containerd's namespace: from the header, or from the key, ``<namespace>/<number>/<client's key>``."""
-    return header or key.partition("/")[0]
+    """Containerd's namespace: from the header, or from the key, ``<namespace>/<number>/<client's key>``; else none."""
+    namespace, _, rest = key.partition("/")
+    number, slash, _ = rest.partition("/")
+    return header or (namespace if slash and number.isdigit() else "")

@@ -6,13 +6,20 @@ The rules are containerd's metadata store's: see docs/snapshots.md for the table
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from soci.errors import AlreadyExists, FailedPrecondition, InvalidInput, NotFound
 
 Kind = Literal["active", "view", "committed"]
+
+NAME_LIMIT = 32_768
+"""Bytes of a key, a name or a parent: what the keys of containerd's own store can hold."""
+LABEL_LIMIT = 4096
+"""Bytes of a label's key and value together (containerd's own limit)."""
+LABELS_LIMIT = 1024
+"""Labels of one snapshot: with `LABEL_LIMIT`, a snapshot fits in a message of containerd's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +55,14 @@ def decide_prepare(  # noqa: PLR0913  the call's own fields
     key: str, parent: str, kind: Kind, labels: Mapping[str, str], *, taken: Snapshot | None, below: Snapshot | None
 ) -> Change:
     """A new active snapshot or view. ``taken``: who has the key; ``below``: who is called ``parent``."""
-    if not key:
-        raise InvalidInput("a snapshot needs a key")
-    if taken:
-        raise AlreadyExists(f"snapshot {key!r} exists already")
+    check_name(key, "key")
     if parent and below is None:
         raise NotFound(f"parent snapshot {parent!r} is not there")
     if below and below.kind != "committed":
         raise InvalidInput(f"parent {parent!r} is {below.kind}, not committed")
-    return Change("prepared", 0, key, kind, parent, dict(labels))
+    if taken:
+        raise AlreadyExists(f"snapshot {key!r} exists already")
+    return Change("prepared", 0, key, kind, parent, checked_labels(labels))
 
 
 def decide_commit(  # noqa: PLR0913  these are the call's own fields
@@ -72,8 +78,7 @@ def decide_commit(  # noqa: PLR0913  these are the call's own fields
     inodes: int = 0,
 ) -> Change:
     """The active snapshot ``key`` becomes ``name``. A ``parent`` given only now rebases one that has none."""
-    if not name:
-        raise InvalidInput("a committed snapshot needs a name")
+    check_name(name, "name")
     if taken:
         raise AlreadyExists(f"snapshot {name!r} exists already")
     if active is None:
@@ -87,7 +92,9 @@ def decide_commit(  # noqa: PLR0913  these are the call's own fields
             raise NotFound(f"parent snapshot {parent!r} is not there")
         if below.kind != "committed":
             raise FailedPrecondition(f"parent {parent!r} is {below.kind}, not committed")
-    return Change("committed", active.id, name, "committed", active.parent or parent, dict(labels), size, inodes)
+    return Change(
+        "committed", active.id, name, "committed", active.parent or parent, checked_labels(labels), size, inodes
+    )
 
 
 def decide_remove(key: str, *, found: Snapshot | None, children: int) -> Change:
@@ -99,50 +106,68 @@ def decide_remove(key: str, *, found: Snapshot | None, children: int) -> Change:
     return Change("removed", found.id, found.name, found.kind, found.parent)
 
 
-def decide_update(name: str, labels: Mapping[str, str], paths: Sequence[str], *, found: Snapshot | None) -> Change:
-    """New labels: all of them (no paths, or ``labels``), or single ones (``labels.<key>``)."""
+def decide_update(
+    name: str,
+    labels: Mapping[str, str],
+    paths: Sequence[str],
+    *,
+    found: Snapshot | None,
+    kept: Collection[str] = (),
+) -> Change:
+    """New labels: all of them (no paths, or ``labels``), or single ones (``labels.<key>``; no value takes it away).
+
+    Labels named in ``kept`` stay as they are, whatever the call says of all labels; to name one of them is an error.
+    """
     if found is None:
         raise NotFound(f"snapshot {name!r} is not there")
-    wanted = dict(labels if not paths or "labels" in paths else found.labels)
+    whole = not paths or "labels" in paths
+    wanted = {key: value for key, value in labels.items() if key not in kept} if whole else dict(found.labels)
     for path in paths:
         if path == "labels":
             continue
         key = path.removeprefix("labels.")
         if key == path or not key:
-            raise InvalidInput(f"field {path!r} of a snapshot cannot be updated; only labels can")
+            raise InvalidInput(f"field {path[:200]!r} of a snapshot cannot be updated; only labels can")
+        if key in kept:
+            raise InvalidInput(f"label {key!r} is the snapshotter's own")
         wanted[key] = labels.get(key, "")
+    wanted |= {key: value for key, value in found.labels.items() if key in kept}
+    wanted = checked_labels(wanted)
     return Change("relabelled", found.id, found.name, found.kind, found.parent, wanted, found.size, found.inodes)
+
+
+def check_name(text: str, what: str) -> None:
+    """`InvalidInput` for what cannot be a key or name."""
+    if not text:
+        raise InvalidInput(f"a snapshot needs a {what}")
+    if len(text.encode()) > NAME_LIMIT:
+        raise InvalidInput(f"{what} {text[:80]!r}… of {len(text.encode())} bytes; {NAME_LIMIT} are allowed")
+
+
+def checked_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """The labels that are kept of these: those without a value are none, as containerd has it."""
+    if len(labels) > LABELS_LIMIT:
+        raise InvalidInput(f"{len(labels)} labels; {LABELS_LIMIT} are allowed")
+    for key, value in labels.items():
+        size = len(key.encode()) + len(value.encode())
+        if size > LABEL_LIMIT:
+            raise InvalidInput(f"label {key[:80]!r} of {size} bytes with its value; {LABEL_LIMIT} are allowed")
+    return {key: value for key, value in labels.items() if key and value}
 
 
 def fold(before: Snapshot | None, change: Change, at_ns: int) -> Snapshot | None:
     """The snapshot after ``change``; None once it is removed. This alone says what the log means."""
-    match change.what:
-        case "prepared":
-            return Snapshot(change.id, change.name, change.kind, change.parent, change.labels, at_ns, at_ns)
-        case "committed":
-            return Snapshot(
-                change.id,
-                change.name,
-                "committed",
-                change.parent,
-                change.labels,
-                at_ns,
-                at_ns,
-                change.size,
-                change.inodes,
-            )
-        case "relabelled":
-            created = before.created_ns if before else at_ns
-            return Snapshot(
-                change.id,
-                change.name,
-                change.kind,
-                change.parent,
-                change.labels,
-                created,
-                at_ns,
-                change.size,
-                change.inodes,
-            )
-        case "removed":
-            return None
+    if change.what == "removed":
+        return None
+    created_ns = before.created_ns if before and change.what == "relabelled" else at_ns  # a commit begins anew
+    return Snapshot(
+        change.id,
+        change.name,
+        change.kind,
+        change.parent,
+        change.labels,
+        created_ns,
+        at_ns,
+        change.size,
+        change.inodes,
+    )

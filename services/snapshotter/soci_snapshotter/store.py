@@ -5,6 +5,8 @@
     snapshots  the fold of it: can be thrown away and folded anew (`rebuild`)
     outbox     up to which event the log was published (`soci_bus`)
 
+The log keeps every event of the snapshots that exist, and of those that are gone the last `GONE_EVENTS`.
+
 WAL with synchronous=FULL: a call that was answered survives power loss. One thread owns the connection; nothing in
 here waits for anything but the disk.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,31 +38,74 @@ BUSY_TIMEOUT = 5.0
 """Seconds to wait for another process that holds the database, such as a rebuild."""
 CHAIN_LIMIT = 10_000
 """Snapshots that lie upon one another; more means a damaged table."""
+SCHEMA_VERSION = 1
+"""The form of the tables; a file of a later one is refused."""
+GONE_EVENTS = 100_000
+"""Events kept of snapshots that are gone, once they are published."""
+WAITING_EVENTS = 1_000_000
+"""Events kept of snapshots that are gone while nothing can be published."""
+STRAY_NUMBERS = 1_000_000
+"""A directory whose number is so far beyond the last one given was not made by us."""
 
 
 class SnapshotStore:
     """The log and its fold. Not for use from several threads."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make the database; a file that is none is a `SociError` that names it."""
+        """Open or make the database; a file that is none, or is damaged, is a `SociError` that names it."""
+        self._path = path
         try:
             self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(SCHEMA)
+            try:
+                self._open()
+            except BaseException:
+                self._db.close()
+                raise
         except sqlite3.Error as error:
             raise SociError(f"{path}: {error}; move it away to start with no snapshots") from error
+
+    def _open(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise SociError(f"{self._path} was written by a later version of this program (form {version})")
+        (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(f"the database is damaged: {found}")
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.executescript(SCHEMA)
+        self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     def close(self) -> None:
         """Close the database."""
         self._db.close()
 
+    @contextmanager
+    def _border(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, ValueError, TypeError) as error:  # the latter two: a row that does not read
+            raise SociError(f"{self._path}: {error}") from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._border():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk ends it by itself
+                    self._db.execute("ROLLBACK")
+                raise
+
     # --- looking
 
     def find(self, name: str) -> Snapshot | None:
         """The snapshot of that key or name."""
-        row = self._db.execute("SELECT * FROM snapshots WHERE name = ?", (name,)).fetchone()
-        return _snapshot(row) if row else None
+        with self._border():
+            row = self._db.execute("SELECT * FROM snapshots WHERE name = ?", (name,)).fetchone()
+            return _snapshot(row) if row else None
 
     def get(self, name: str) -> Snapshot:
         """Like `find`, but `NotFound` where there is none."""
@@ -82,7 +127,8 @@ class SnapshotStore:
 
     def all(self) -> list[Snapshot]:
         """Every snapshot, oldest first."""
-        return [_snapshot(row) for row in self._db.execute("SELECT * FROM snapshots ORDER BY id")]
+        with self._border():
+            return [_snapshot(row) for row in self._db.execute("SELECT * FROM snapshots ORDER BY id")]
 
     # --- changing
 
@@ -107,7 +153,7 @@ class SnapshotStore:
                 key,
                 labels,
                 active=self.find(key),
-                taken=self.find(name) if name != key else None,
+                taken=self.find(name),
                 parent=parent,
                 below=self.find(parent) if parent else None,
                 size=size,
@@ -126,10 +172,43 @@ class SnapshotStore:
             raise AssertionError
         return found
 
-    def update(self, name: str, labels: Mapping[str, str], paths: list[str]) -> Snapshot:
-        """Change labels."""
+    def abandon(self, made: Snapshot) -> None:
+        """Forget an active snapshot or view whose making failed, unless it is no more what it was."""
         with self._transaction():
-            return self._append(state.decide_update(name, labels, paths, found=self.find(name)))
+            found = self.find(made.name)
+            if found and found.id == made.id and found.kind == made.kind:
+                self._append(Change("removed", found.id, found.name, found.kind, found.parent))
+
+    def update(self, name: str, labels: Mapping[str, str], paths: list[str], kept: Collection[str] = ()) -> Snapshot:
+        """Change labels, but for those named in ``kept``."""
+        with self._transaction():
+            return self._append(state.decide_update(name, labels, paths, found=self.find(name), kept=kept))
+
+    def reserve(self, numbers: Iterable[int]) -> set[int]:
+        """Those of ``numbers`` that no snapshot has, and from now on none ever will: their directories may go.
+
+        A call that failed, or that a crash cut short, leaves a directory whose number would be given again.
+        """
+        with self._transaction():
+            (last,) = self._db.execute("SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence").fetchone()
+            known = {number for (number,) in self._db.execute("SELECT id FROM snapshots")}
+            free = {number for number in numbers if number not in known and 0 < number <= last + STRAY_NUMBERS}
+            if free and max(free) > last:
+                self._db.execute("DELETE FROM sqlite_sequence WHERE name = 'events'")
+                self._db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('events', ?)", (max(free),))
+            return free
+
+    def trim(self) -> int:
+        """Drop old events of snapshots that are gone; how many went."""
+        with self._transaction():
+            (last,) = self._db.execute("SELECT COALESCE(MAX(seq), 0) FROM events").fetchone()
+            (published,) = self._db.execute("SELECT published FROM outbox").fetchone()
+            before = max(min(published, last - GONE_EVENTS), last - WAITING_EVENTS)
+            return self._db.execute(
+                "DELETE FROM events WHERE seq <= ? AND COALESCE(NULLIF(json_extract(body, '$.id'), 0), seq)"
+                " NOT IN (SELECT id FROM snapshots)",
+                (before,),
+            ).rowcount
 
     def rebuild(self) -> int:
         """Fold the whole log anew into the table; the number of events folded."""
@@ -145,30 +224,19 @@ class SnapshotStore:
 
     def unpublished(self, most: int) -> list[tuple[int, int, Change]]:
         """The oldest events that are not on the bus yet: (number, time in ns, change)."""
-        rows = self._db.execute(
-            "SELECT seq, at_ns, body FROM events WHERE seq > (SELECT published FROM outbox) ORDER BY seq LIMIT ?",
-            (most,),
-        )
-        return [(seq, at_ns, Change(**json.loads(body))) for seq, at_ns, body in rows]
+        with self._border():
+            rows = self._db.execute(
+                "SELECT seq, at_ns, body FROM events WHERE seq > (SELECT published FROM outbox) ORDER BY seq LIMIT ?",
+                (most,),
+            )
+            return [(seq, at_ns, Change(**json.loads(body))) for seq, at_ns, body in rows]
 
     def published(self, seq: int) -> None:
         """All up to ``seq`` are on the bus."""
-        self._db.execute("UPDATE outbox SET published = MAX(published, ?)", (seq,))
+        with self._border():
+            self._db.execute("UPDATE outbox SET published = MAX(published, ?)", (seq,))
 
     # --- inside
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise SociError(f"the snapshot database: {error}") from error
 
     def _append(self, change: Change) -> Snapshot:
         at_ns = time.time_ns()
@@ -187,7 +255,10 @@ class SnapshotStore:
             self._db.execute("DELETE FROM snapshots WHERE id = ?", (change.id,))
             return before or Snapshot(change.id, change.name, change.kind, change.parent, {}, at_ns, at_ns)
         self._db.execute(
-            "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
+            " name = excluded.name, kind = excluded.kind, parent = excluded.parent, labels = excluded.labels,"
+            " created_ns = excluded.created_ns, updated_ns = excluded.updated_ns,"
+            " size = excluded.size, inodes = excluded.inodes",
             (
                 after.id,
                 after.name,

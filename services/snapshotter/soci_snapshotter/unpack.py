@@ -10,104 +10,98 @@ O_NOFOLLOW, so neither ``..`` nor a symlink that the layer planted leads out.
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import hashlib
 import os
 import stat
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-from soci.digest import Digest, hex_of
-from soci.errors import InvalidGzip, InvalidTar, LimitExceeded, Mismatch, SociError, Unsupported
+from soci.digest import Digest, new_hash
+from soci.errors import InvalidTar, LimitExceeded, Mismatch, Unsupported
+from soci.oci import layer_compression
 from soci.tar import Member, iter_members
-from soci.toc import TocEntry
+from soci.toc import MAX_ENTRIES, TocEntry
 from soci.ztoc import mtime_ns, xattrs
+from soci_snapshotter.directories import error_of, remove_tree
+from soci_snapshotter.inflated import LAYER_BYTES, Inflated
 
-READ_BYTES = 1 << 20
-"""Compressed bytes read at a time."""
+NAMES_BYTES = 256 << 20
+"""Bytes of directory names kept until a layer is unpacked."""
+PATH_BYTES = 4096
+"""Bytes of a path, as the kernel has it for those who unpack by path."""
+LATEST_NS = (1 << 63) - 1
+"""Times beyond this are unpacked as 1970, like those before it, as containerd does."""
 OPAQUE = b".wh..wh..opq"
 WHITEOUT = b".wh."
-DEPTH_LIMIT = 4096
-"""Components of a path."""
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class _Inflated:
-    """The uncompressed bytes of a blob, read once from front to back, digested on the way."""
+def unpack(  # noqa: PLR0913  a layer, a place, and what is known of both
+    blob: Path,
+    target: Path,
+    *,
+    media_type: str,
+    diff_id: Digest,
+    lower: Sequence[Path],
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[int, int]:
+    """Unpack ``blob`` into the empty directory ``target``; bytes and entries written, all of them on disk.
 
-    def __init__(self, blob: BinaryIO, *, gzip: bool) -> None:
-        self._blob = blob
-        self._gzip = gzip
-        self._inflater = zlib.decompressobj(31) if gzip else None
-        self._ready = b""
-        self._digest = hashlib.sha256()
-
-    def read(self, size: int) -> bytes:
-        """At most ``size`` bytes; empty at the end."""
-        while not self._ready:
-            piece = self._more()
-            if piece is None:
-                return b""
-            self._ready = piece
-        piece, self._ready = self._ready[:size], self._ready[size:]
-        self._digest.update(piece)
-        return piece
-
-    def _more(self) -> bytes | None:
-        if self._inflater is None:
-            return self._blob.read(READ_BYTES) or None
-        tail = self._inflater.unconsumed_tail or self._inflater.unused_data or self._blob.read(READ_BYTES)
-        try:
-            if self._inflater.eof:
-                if not tail:
-                    return None
-                self._inflater = zlib.decompressobj(31)  # the next member of a multi-member stream
-            elif not tail:
-                raise InvalidGzip("the layer's gzip stream is cut short")
-            return self._inflater.decompress(tail, READ_BYTES)
-        except zlib.error as error:
-            raise InvalidGzip(f"the layer's gzip stream is damaged: {error}") from error
-
-    def finish(self) -> str:
-        """Read what is left and give the SHA-256 of all of it."""
-        while self.read(READ_BYTES):
-            pass
-        return self._digest.hexdigest()
-
-
-def unpack(blob: Path, target: Path, *, media_type: str, diff_id: Digest, lower: Sequence[Path]) -> tuple[int, int]:
-    """Unpack ``blob`` into the empty directory ``target``; bytes and entries written.
-
-    Raises `Mismatch` where the uncompressed bytes are not ``diff_id``: the directory is then to be thrown away.
+    Raises `Mismatch` where the uncompressed bytes are not ``diff_id``, and other `SociError`s for what does not
+    unpack: the directory is then to be thrown away. Ends soon after ``stopped()`` is true.
     """
-    if media_type.endswith("zstd"):
-        raise Unsupported(f"{media_type} cannot be unpacked here yet")
-    gzip = media_type.endswith("gzip")
+    compression = layer_compression(media_type)
+    if compression is None:
+        raise Unsupported(f"a layer of type {media_type[:200]!r} cannot be unpacked here")
+    digest = new_hash(diff_id)
+    try:
+        with blob.open("rb") as file:
+            stream = Inflated(file, digest, algorithm=compression, stopped=stopped)
+            root = os.open(target, _DIRECTORY)
+            try:
+                counts = _unpack(stream, _Layer(root, lower))
+                found = stream.finish()
+                if found != diff_id.partition(":")[2]:
+                    raise Mismatch(f"the unpacked layer is {digest.name}:{found}, the image says {diff_id}")
+                _sync(root)
+            finally:
+                os.close(root)
+    except OSError as error:
+        raise error_of(error, "the layer does not unpack") from error
+    except (ValueError, OverflowError) as error:  # a zero byte in a name, an owner beyond 32 bits
+        raise InvalidTar(f"the layer does not unpack: {error}") from error
+    return counts
+
+
+def _unpack(stream: Inflated, layer: _Layer) -> tuple[int, int]:
     written = entries = 0
-    with blob.open("rb") as file:
-        stream = _Inflated(file, gzip=gzip)
-        root = os.open(target, _DIRECTORY)
-        try:
-            layer = _Layer(root, lower)
-            for member in iter_members(stream.read):
-                written += layer.put(member)
-                entries += 1
-            layer.finish()
-        except OSError as error:
-            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                raise LimitExceeded(f"no room to unpack the layer: {error}") from error
-            raise SociError(f"the layer does not unpack: {error}") from error
-        finally:
-            os.close(root)
-        found = stream.finish()
-    if found != hex_of(diff_id):
-        raise Mismatch(f"the unpacked layer is sha256:{found}, the image says {diff_id}")
+    for member in iter_members(stream.read):
+        entries += 1
+        if entries > MAX_ENTRIES:
+            raise LimitExceeded(f"more than {MAX_ENTRIES} members in a layer (MAX_ENTRIES)")
+        if member.entry.type == "reg" and member.entry.size > LAYER_BYTES:
+            raise LimitExceeded(f"a file of {member.entry.size} bytes in a layer; {LAYER_BYTES} (LAYER_BYTES)")
+        written += layer.put(member)
+    layer.finish()
     return written, entries
+
+
+@lru_cache(maxsize=1)
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _sync(descriptor: int) -> None:
+    """Have the file system's data on disk: a snapshot that is committed is still whole after power was lost."""
+    if _libc().syncfs(descriptor) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 class _Layer:
@@ -117,6 +111,14 @@ class _Layer:
         self._root = root
         self._lower = lower
         self._times: dict[tuple[bytes, ...], int] = {}
+        self._names = 0
+
+    def _remember(self, parts: tuple[bytes, ...], when: int) -> None:
+        if parts not in self._times:
+            self._names += sum(map(len, parts))
+            if self._names > NAMES_BYTES:
+                raise LimitExceeded(f"directory names of more than {NAMES_BYTES} bytes in a layer (NAMES_BYTES)")
+        self._times[parts] = when
 
     def put(self, member: Member) -> int:
         """One member of the tar; the bytes it holds."""
@@ -125,7 +127,7 @@ class _Layer:
         if not parts:
             if entry.type == "dir":
                 _attributes(self._root, b".", entry, follow_ok=True)
-                self._times[()] = _time(entry)
+                self._remember((), _time(entry))
             return 0
         parent = self._open_parent(parts[:-1])
         try:
@@ -150,7 +152,7 @@ class _Layer:
         entry = member.entry
         if entry.type == "dir":
             self._directory(parent, name)
-            self._times[parts] = _time(entry)
+            self._remember(parts, _time(entry))
         else:
             _clear(parent, name)
             self._times.pop(parts, None)
@@ -210,22 +212,48 @@ class _Layer:
 
     def _imply(self, parent: int, parts: tuple[bytes, ...]) -> None:
         """A directory that the layer implies: 0755 of root, or as the layers below have it."""
-        os.mkdir(parts[-1], 0o755, dir_fd=parent)
-        path = os.path.join(*parts)
-        for lower in self._lower:
-            try:
-                found = os.lstat(os.path.join(os.fsencode(lower), path))
-            except OSError:
-                continue
-            if stat.S_ISDIR(found.st_mode):
-                copy_directory(os.path.join(os.fsencode(lower), path), found, parent, parts[-1])
-                self._times[parts] = found.st_mtime_ns
+        os.mkdir(parts[-1], dir_fd=parent)
+        os.chmod(_path(parent, parts[-1]), 0o755)  # noqa: S103  whatever the umask
+        below = self._below(parts)
+        if below is None:
             return
+        try:
+            copy_directory(below, parent, parts[-1])
+            self._remember(parts, os.fstat(below).st_mtime_ns)
+        finally:
+            os.close(below)
+
+    def _below(self, parts: tuple[bytes, ...]) -> int | None:
+        """A descriptor of the directory of that path which the layers below show, if they show one.
+
+        Symlinks are not followed: they were made by an image, and may lead out of it.
+        """
+        for lower in self._lower:
+            here = os.open(lower, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            opaque = False
+            try:
+                for name in parts:
+                    opaque = opaque or _is_opaque(here)
+                    below = os.open(name, _DIRECTORY, dir_fd=here)
+                    os.close(here)
+                    here = below
+            except FileNotFoundError:
+                os.close(here)
+                if opaque:
+                    return None  # it hides what lies still lower
+            except OSError as error:
+                os.close(here)
+                if error.errno in {errno.ENOTDIR, errno.ELOOP}:
+                    return None  # a whiteout, or something else that is no directory, hides it too
+                raise
+            else:
+                return here
+        return None
 
     def finish(self) -> None:
         """Give directories their times, the deepest first."""
         for parts, when in sorted(self._times.items(), key=lambda item: len(item[0]), reverse=True):
-            with suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(FileNotFoundError, NotADirectoryError):  # something else stands there by now
                 parent = self._open_parent(parts[:-1], make=False)
                 try:
                     os.utime(parts[-1] if parts else b".", ns=(when, when), dir_fd=parent, follow_symlinks=False)
@@ -244,20 +272,34 @@ def split(name: bytes) -> tuple[bytes, ...]:
                 parts.pop()
         else:
             parts.append(part)
-    if len(parts) > DEPTH_LIMIT:
-        raise InvalidTar(f"a path of {len(parts)} components; {DEPTH_LIMIT} are allowed")
+    length = sum(map(len, parts)) + len(parts)
+    if length > PATH_BYTES:
+        raise InvalidTar(f"a path of {length} bytes; {PATH_BYTES} are allowed")
     return tuple(parts)
 
 
-def copy_directory(source: bytes, found: os.stat_result, parent: int, name: bytes) -> None:
-    """Owner, mode and xattrs of a lower directory onto one of this layer."""
+def _path(parent: int, name: bytes) -> bytes:
+    """``name`` in a directory that is open, for calls that take no descriptor."""
+    return b"/proc/self/fd/%d/%b" % (parent, name)
+
+
+def _is_opaque(directory: int) -> bool:
+    try:
+        return os.getxattr(directory, "trusted.overlay.opaque") == b"y"
+    except OSError:
+        return False
+
+
+def copy_directory(source: int, parent: int, name: bytes) -> None:
+    """Owner, mode and xattrs of a lower directory, which is open, onto one of this layer."""
+    found = os.fstat(source)
     os.chown(name, found.st_uid, found.st_gid, dir_fd=parent, follow_symlinks=False)
-    os.chmod(f"/proc/self/fd/{parent}".encode() + b"/" + name, stat.S_IMODE(found.st_mode))
-    for key in os.listxattr(source, follow_symlinks=False):
-        if not key.startswith(("trusted.overlay.", "user.overlay.")):
-            with suppress(OSError):
-                value = os.getxattr(source, key, follow_symlinks=False)
-                os.setxattr(f"/proc/self/fd/{parent}".encode() + b"/" + name, key, value, follow_symlinks=False)
+    os.chmod(_path(parent, name), stat.S_IMODE(found.st_mode))
+    with suppress(OSError):  # a file system without xattrs
+        for key in os.listxattr(source):
+            if not key.startswith(("trusted.overlay.", "user.overlay.")):
+                with suppress(OSError):
+                    os.setxattr(_path(parent, name), key, os.getxattr(source, key), follow_symlinks=False)
 
 
 def _clear(parent: int, name: bytes) -> None:
@@ -269,13 +311,7 @@ def _clear(parent: int, name: bytes) -> None:
     if not stat.S_ISDIR(found.st_mode):
         os.unlink(name, dir_fd=parent)
         return
-    below = os.open(name, _DIRECTORY, dir_fd=parent)
-    try:
-        for child in os.listdir(below):
-            _clear(below, os.fsencode(child))
-    finally:
-        os.close(below)
-    os.rmdir(name, dir_fd=parent)
+    remove_tree(parent, name)
 
 
 def _file(parent: int, name: bytes, chunks: Iterator[bytes]) -> int:
@@ -295,7 +331,7 @@ def _file(parent: int, name: bytes, chunks: Iterator[bytes]) -> int:
 
 def _attributes(parent: int, name: bytes, entry: TocEntry, *, follow_ok: bool = False) -> None:
     """Owner, then mode (a change of owner clears setuid), then xattrs, then time."""
-    path = f"/proc/self/fd/{parent}".encode() + b"/" + name
+    path = _path(parent, name)
     os.chown(name, _id(entry.uid), _id(entry.gid), dir_fd=parent, follow_symlinks=follow_ok)
     if entry.type != "symlink":
         os.chmod(path, stat.S_IMODE(entry.mode))
@@ -308,8 +344,9 @@ def _attributes(parent: int, name: bytes, entry: TocEntry, *, follow_ok: bool = 
 
 
 def _time(entry: TocEntry) -> int:
-    """When the member was changed, ns; containerd unpacks what is before 1970 as 1970."""
-    return max(0, mtime_ns(entry))
+    """When the member was changed, ns; containerd unpacks what is before 1970, or beyond 64 bits, as 1970."""
+    when = mtime_ns(entry)
+    return when if 0 <= when <= LATEST_NS else 0
 
 
 def _id(number: int) -> int:
