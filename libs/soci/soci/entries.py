@@ -152,21 +152,17 @@ class Entries(Sequence[TocEntry]):
             raise InvalidZtoc(f"a member that a zTOC cannot hold: {error}") from error
         return draft.entries()
 
-    def rows(self, *, backwards: bool = False) -> Iterator[Row]:
-        """The members' fields, from the first to the last or ``backwards``."""
-        columns: list[Any] = [
-            self.names, [TYPE_NAMES[code] for code in self.types], self.offsets, self.sizes, self.links, self.modes,
-            self.uids, self.gids, self.unames, self.gnames, self.times, self.majors, self.minors,
-        ]  # fmt: skip
-        columns = [list(column) for column in columns]
+    def rows_backwards(self) -> Iterator[Row]:
+        """The members' fields, from the last to the first."""
         pax: list[Mapping[bytes, bytes]] = [NO_RECORDS] * len(self)
         for at in self.pax:
             pax[at] = self.pax[at]
-        columns.append(pax)
-        if backwards:
-            for column in columns:
-                column.reverse()
-        return zip(*columns, strict=True)
+        columns: tuple[Sequence[Any], ...] = (
+            self.names, [TYPE_NAMES[code] for code in self.types], self.offsets, self.sizes, self.links, self.modes,
+            self.uids, self.gids, self.unames, self.gnames, self.times, self.majors, self.minors, pax,
+        )  # fmt: skip
+        # Not a list of rows: one tuple can then serve all of them.
+        return zip(*(reversed(list(c) if isinstance(c, Slices) else c) for c in columns), strict=True)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -266,7 +262,7 @@ class Draft:
 def rows_backwards(entries: Sequence[TocEntry]) -> Iterator[Row]:
     """The fields of ``entries`` from the last to the first, whatever the sequence; nothing is checked."""
     if isinstance(entries, Entries):
-        return entries.rows(backwards=True)
+        return entries.rows_backwards()
     return (
         (
             entry.name, _raw(entry.type), entry.offset, entry.size, entry.linkname, entry.mode, entry.uid, entry.gid,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from soci.entries import BLOCK, TYPES
@@ -31,9 +32,11 @@ _CODES: Final = bytes(TYPES.index(word) for word in ("reg", "hardlink", "symlink
 # Number fields: first byte and digits. Behind the digits a NUL or a space (two behind the checksum's).
 _NUMBERS: Final = ((100, 7), (108, 7), (116, 7), (124, 11), (136, 11), (148, 6), (329, 7), (337, 7))
 _MODE, _UID, _GID, _SIZE, _MTIME, _CHECKSUM, _MAJOR, _MINOR = range(len(_NUMBERS))
-_COLUMNS: Final = [at for first, count in _NUMBERS for at in range(first, first + count)]
-_ENDS: Final = [107, 115, 123, 135, 147, 154, 155, 336, 344]
-_DEVICES: Final = ((329, _COLUMNS.index(329)), (337, _COLUMNS.index(337)))
+_PARTS: Final = ((100, 156), (329, 345))  # where the number fields lie, side by side
+_DEVICES: Final = ((329, 56), (337, 64))  # the fields that may be empty, and their places in the parts
+_DIGIT: Final = 1
+_END: Final = 2
+_CLASSES: Final = bytes(_DIGIT if chr(c) in "01234567" else _END if c in b"\0 " else 0 for c in range(256))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +102,13 @@ def _check(blocks: Octets) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Which headers are of the plain form, and the numbers in them (nonsense in the others)."""
     import numpy as np  # noqa: PLC0415
 
-    digits = blocks[:, _COLUMNS] - np.uint8(ord("0"))
+    weights, wanted = _weights()
+    fields = np.concatenate([blocks[:, start:end] for start, end in _PARTS], axis=1)
     for field, column in _DEVICES:  # GNU tar leaves these empty where they mean nothing
         empty = ~blocks[:, field : field + 8].any(axis=1)
-        digits[empty, column : column + 7] = 0
-    good = (digits < 8).all(axis=1)
-    ends = blocks[:, _ENDS]
-    good &= ((ends == 0) | (ends == ord(" "))).all(axis=1)
-    values = (digits.astype(np.float64) @ _weights()).astype(np.int64)  # below 2**33: exact
+        fields[empty, column : column + 7] = ord("0")
+    good = ((np.frombuffer(_CLASSES, np.uint8)[fields] & wanted) != 0).all(axis=1)
+    values = ((fields - np.uint8(ord("0"))).astype(np.float64) @ weights).astype(np.int64)  # below 2**33: exact
     good &= _sums(blocks) - blocks[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ") == values[:, _CHECKSUM]
 
     magic = blocks[:, 257:265]
@@ -117,16 +119,19 @@ def _check(blocks: Octets) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     return good & (ustar | gnu), values
 
 
-def _weights() -> NDArray[np.float64]:
-    """What each digit of the number columns counts for in each number."""
+@cache
+def _weights() -> tuple[NDArray[np.float64], Octets]:
+    """What each byte of the number fields counts for in each number, and of which class it must be."""
     import numpy as np  # noqa: PLC0415
 
-    weights = np.zeros((len(_COLUMNS), len(_NUMBERS)))
-    at = 0
-    for number, (_, count) in enumerate(_NUMBERS):
+    columns = [at for start, end in _PARTS for at in range(start, end)]
+    weights = np.zeros((len(columns), len(_NUMBERS)))
+    wanted = np.full(len(columns), _END, np.uint8)
+    for number, (first, count) in enumerate(_NUMBERS):
+        at = columns.index(first)
         weights[at : at + count, number] = 8.0 ** np.arange(count - 1, -1, -1)
-        at += count
-    return weights
+        wanted[at : at + count] = _DIGIT
+    return weights, wanted
 
 
 def _sums(blocks: Octets) -> NDArray[np.int64]:

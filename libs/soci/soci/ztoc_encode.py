@@ -8,8 +8,8 @@ It is the format's own order here: two builders of one layer must come to the sa
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, islice
 from typing import Final
 
 from soci.entries import Row, rows_backwards
@@ -22,7 +22,7 @@ ALGORITHM_NUMBERS: Final = {"gzip": 1, "uncompressed": 2, "zstd": 3}
 BATCH: Final = 4096
 """Members that are written to one piece of the buffer."""
 MAX_WORDS: Final = 1024
-"""Owners' names that are kept as they stand in the buffer."""
+"""Owners, links and types, as they stand in the buffer, that are kept: most members have the same ones."""
 
 _GZIP: Final = 1  # the schema's default, hence not written
 _ROOT: Final = ((0, "I"), (1, "I"), (4, "I"), (2, "q"), (3, "q"), (5, "I"))
@@ -54,8 +54,8 @@ def _encode(writer: Writer, ztoc: Ztoc) -> bytes:
     tool = writer.string(_raw(ztoc.build_tool))
     members = _Members(writer)
     rows = rows_backwards(ztoc.entries)
-    while batch := list(islice(rows, BATCH)):
-        members.write(batch)
+    for _ in range(0, len(ztoc.entries), BATCH):
+        members.write(islice(rows, BATCH))
     metadata = writer.vector(members.marks[::-1])
     toc = writer.table(_TOC, (metadata,))
     checkpoints = writer.blob(ztoc.checkpoints)
@@ -73,31 +73,27 @@ class _Members:
         self.marks: list[int] = []
         self._writer = writer
         self._layouts: dict[tuple[bool, ...], tuple[Layout, ...]] = {}
-        self._words: dict[bytes, bytes] = {b"": text(b"")}
+        self._middles: dict[tuple[bytes, bytes, bytes, bytes], tuple[bytes, int, int, int, int]] = {}
 
-    def write(self, rows: list[Row]) -> None:
+    def write(self, rows: Iterator[Row]) -> None:
         """Write ``rows`` in their order, that is, each before the one that came before."""
-        writer, word = self._writer, self._word
+        writer, middle = self._writer, self._middle
         layouts, vtables, marks = self._layouts, writer.vtables, self.marks
         mark = writer.mark
         pieces: list[bytes] = []
         for name, kind, offset, size, link, mode, uid, gid, uname, gname, time, major, minor, pax in rows:
-            name_, kind_, link_ = text(name), word(kind), word(link) if not link else text(link)
-            uname_, gname_, time_ = word(uname), word(gname), text(time)
-            behind = b"".join((time_, gname_, uname_, link_, kind_, name_))
+            time_, name_ = text(time), text(name)
+            middle_, to_uname, to_link, to_kind, to_name = middle(gname, uname, link, kind)
+            behind = time_ + middle_ + name_
             if pax:
                 records, vector = self._records(pax, mark + len(behind))
                 pieces += (behind, records, vector)
-                mark += len(behind) + len(records) + len(vector)
                 to_time = len(records) + len(vector)
             else:
                 pieces += (behind, _NO_VECTOR)
-                mark += len(behind) + 4
                 to_time = 4
+            mark += len(behind) + to_time
             to_gname = to_time + len(time_)
-            to_uname = to_gname + len(gname_)
-            to_link = to_uname + len(uname_)
-            to_kind = to_link + len(link_)
             key = (offset != 0, size != 0, mode != 0, uid != 0, gid != 0, major != 0, minor != 0)
             found = layouts.get(key)
             if found is None:
@@ -110,8 +106,8 @@ class _Members:
                 made.pack(
                     *made.pick((
                         len(made.vtable) if vtable is None else vtable - at,
-                        xs, minor, major, ti + to_time, gn + to_gname, un + to_uname, gid, uid, mode, li + to_link,
-                        size, offset, k + to_kind, n + to_kind + len(kind_),
+                        xs, minor, major, ti + to_time, gn + to_gname, un + to_gname + to_uname, gid, uid, mode,
+                        li + to_gname + to_link, size, offset, k + to_gname + to_kind, n + to_gname + to_name,
                     ))
                 )
             )  # fmt: skip
@@ -156,12 +152,16 @@ class _Members:
         self._writer.align = max(self._writer.align, made[0].align)
         return made
 
-    def _word(self, raw: bytes) -> bytes:
-        found = self._words.get(raw)
+    def _middle(self, gname: bytes, uname: bytes, link: bytes, kind: bytes) -> tuple[bytes, int, int, int, int]:
+        """The strings between a member's time and its name, and how far all but the first, and their end, are off."""
+        key = (gname, uname, link, kind)
+        found = self._middles.get(key)
         if found is None:
-            found = text(raw)
-            if len(self._words) < MAX_WORDS:
-                self._words[raw] = found
+            texts = list(map(text, key))
+            _, *offsets, end = accumulate(map(len, texts), initial=0)
+            found = (b"".join(texts), offsets[0], offsets[1], offsets[2], end)
+            if len(self._middles) < MAX_WORDS:
+                self._middles[key] = found
         return found
 
 
