@@ -99,5 +99,5 @@ async def test_the_service_mounts_reads_and_ends(
     assert await to_thread((path / "file").read_bytes) == b"content"
     assert sorted(await to_thread(os.listdir, path)) == ["file", "other"]
     mounter.send_signal(signal.SIGTERM)
-    assert await to_thread(mounter.wait, 20) == 0
+    assert await to_thread(mounter.wait, 20) == 0, (tmp_path / "mounter.log").read_text()
     assert kernel.mounted_at(path.parent) == []

@@ -243,6 +243,9 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(HELPER_END_SECONDS_MAX):
+            # What is left in the pipe is read to its end: a transport that is not at its end is never closed.
+            while process.stdout is not None and await process.stdout.read(HELPER_ANSWER_BYTES_MAX):
+                pass
             await process.wait()
 
 
