@@ -28,6 +28,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs /dev/fuse, which this machine does not have")
 
 
+SMALL_IMAGES = "[sociable]\nno_regret = false\n"
+"""Images of tests are small, and registries near: all of their layers would come whole."""
+
+
 @pytest.fixture(scope="session")
 def stack_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     """Makes folders for stacks: short paths, on a real file system where we are root."""
@@ -44,6 +48,7 @@ def make_stack(stack_folder: Callable[[], Path]) -> Iterator[Callable[..., Stack
     with ExitStack() as open_now:
 
         def make(**options: Any) -> Stack:
+            options.setdefault("settings", SMALL_IMAGES)
             return open_now.enter_context(Stack(stack_folder(), **options))
 
         yield make

@@ -23,12 +23,10 @@ READ_DEADLINE = 3.0
 
 
 @pytest.fixture(scope="module")
-def short_stack(make_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFactory) -> Stack:
+def short_stack(make_stack: Callable[..., Stack]) -> Stack:
     """A stack whose reads give up after `READ_DEADLINE` seconds."""
-    config = tmp_path_factory.mktemp("config") / "config.toml"
-    config.write_text(f"[sociable]\nread_deadline_sec = {READ_DEADLINE}\nindex_failure_ttl_sec = 0\n")
-    flags = {name: ["--config", str(config)] for name in ("snapshotter", "mounter", "fetcher", "indexer")}
-    return make_stack(flags=flags)
+    settings = f"[sociable]\nno_regret = false\nread_deadline_sec = {READ_DEADLINE}\nindex_failure_ttl_sec = 0\n"
+    return make_stack(settings=settings)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,7 +63,7 @@ class Place:
     def finder(self, clock: list[float] | None = None, **options: bool) -> Finder:
         """A `Finder`; ``clock`` holds its time."""
         told = clock if clock is not None else [0.0]
-        switches = {"v1": True, "v2": True} | options
+        switches: dict[str, Any] = {"v1": True, "v2": True, **options}
         return Finder(self.registry, self.flights, failure_ttl=30.0, clock=lambda: told[0], **switches)
 
     def found(self, index: str, found_by: str, ztoc: bytes = ZTOC) -> IndexFound:

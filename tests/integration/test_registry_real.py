@@ -34,6 +34,7 @@ from soci.oci import OCI_CONFIG, OCI_INDEX, OCI_LAYER_GZIP, OCI_MANIFEST, Descri
 from soci_dev.faults import Corrupt, Drop, IgnoreRange, Seen, Short, Stall, Status
 from soci_dev.proxy import Proxy
 from soci_registry import Credentials, FixedLogin, Login, NoCredentials, Registry, RegistrySettings, Repository
+from soci_registry.route import Route
 from soci_registry.urls import Place
 from support.registry import Manners, front, running_registry
 
@@ -830,13 +831,13 @@ async def test_certificates_are_checked(tmp_path: Path) -> None:
     async with front("", manners, tls=tls) as it:
         place = Place("reg.example", f"https://{it.address.replace('127.0.0.1', 'localhost')}", "team/app")
         async with registry() as client:
-            repository = Repository(place, client._transport)
+            repository = Repository(Route.only(place), client._mirrors)
             for asked in (repository.manifest("one"), repository.blob_range(BLOB_DIGEST, 0, 1)):
                 with pytest.raises(RegistryUnavailable, match=r"certificate is not trusted$"):
                     await asked
         assert it.seen == []
         async with registry(replace(SETTINGS, ca_file=str(certificate))) as client:
-            repository = Repository(place, client._transport)
+            repository = Repository(Route.only(place), client._mirrors)
             assert (await repository.manifest("one")).content == b"{}"
             assert await repository.blob_range(BLOB_DIGEST, 0, 1) == b"x"
     with pytest.raises(InvalidConfig, match=r"key\.pem"):

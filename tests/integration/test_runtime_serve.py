@@ -133,8 +133,8 @@ def test_a_defect_is_one_line_with_its_traceback() -> None:
     ("words", "status", "says"),
     [
         (["--config", "/nowhere/x.toml"], 1, "soci-test: /nowhere/x.toml"),
-        (["--node", "a.b"], 1, "soci-test: node 'a.b'"),
-        (["--address", "relative"], 1, "soci-test: address 'relative'"),
+        (["--node", "a.b"], 1, "soci-test: --node: 'a.b'"),
+        (["--address", "relative"], 1, "soci-test: --address: 'relative'"),
         (["--log-level", "loud"], 2, "loud"),
     ],
 )
@@ -163,6 +163,43 @@ def test_systemd_is_told(tmp_path: Path, kind: str) -> None:
             status, log, _ = finish(process)
     assert status == 0
     assert [line["msg"] for line in log] == ["ready", "stopping"]
+
+
+def test_a_watchdog_hears_that_the_loop_turns() -> None:
+    """Signs of life come for as long as the service runs, and none where systemd does not watch this process."""
+    for variable, watched in (("WATCHDOG_USEC", True), ("WATCHDOG_PID", False)):
+        address = f"@soci-watch-{os.getpid()}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.bind(address.replace("@", "\0"))
+            systemd.settimeout(LIMIT)
+            environment = {"WATCHDOG_USEC": "200000", variable: "200000"}
+            process = start("--node", "plain", NOTIFY_SOCKET=address, **environment)
+            try:
+                told = [systemd.recv(100) for _ in range(4 if watched else 1)]
+                process.send_signal(signal.SIGTERM)
+                while told[-1] != b"STOPPING=1":
+                    told.append(systemd.recv(100))
+            finally:
+                finish(process)
+        assert (b"WATCHDOG=1" in told) is watched
+        assert b"READY=1" in told
+
+
+def test_the_file_is_spoken_of_in_the_log(tmp_path: Path) -> None:
+    """Unknown keys are one warning, a key without effect one line at info; ``--strict`` refuses to start."""
+    file = tmp_path / "c.toml"
+    file.write_text("mount_timeout_sek = 5\n[fuse]\nattr_timeout = 7\n")
+    process = start("--node", "late", "--config", str(file))
+    assert process.stdout is not None
+    first, second, third = (json.loads(process.stdout.readline()) for _ in range(3))
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    assert (first["level"], first["keys"]) == ("warning", ["mount_timeout_sek (is mount_timeout_sec meant?)"])
+    assert (second["level"], second["key"]) == ("info", "fuse.attr_timeout")
+    assert third["msg"] == "ready"
+    status, log, err = finish(start("--strict", "--config", str(file)))
+    assert (status, log) == (1, [])
+    assert err == f"soci-test: {file}: no setting: mount_timeout_sek (is mount_timeout_sec meant?)\n"
 
 
 class Receiver(ThreadingHTTPServer):

@@ -45,6 +45,13 @@ STORY = [
 ]
 
 
+def test_layers_stand_as_they_were_prepared() -> None:
+    """Bytes of an upper layer that came ahead of its turn do not put it before those below."""
+    view = fold_launch(LAUNCH, [at(0, STARTED, 1), at(1, WHOLE_ARRIVED, 2), at(2, LAZY, 3), at(3, WHOLE, 4)])
+    assert view is not None
+    assert [layer.layer for layer in view.layers] == [D1, D2]
+
+
 def test_the_whole_story() -> None:
     """Everything that events tell is in the view, in seconds from the start."""
     view = fold_launch(LAUNCH, STORY)

@@ -6,13 +6,16 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from soci.errors import InvalidConfig, Unauthorized
-from soci_registry import DockerConfig, FirstOf, FixedLogin, Login, NoCredentials, credentials
+from soci.errors import BusUnavailable, InvalidConfig, NotFound, SociError, Unauthorized
+from soci_bus import wire
+from soci_bus.asks import FindLogin, LoginFound
+from soci_registry import AskedLogin, DockerConfig, FirstOf, FixedLogin, Login, NoCredentials, credentials
 
 
 def auth(username: str, secret: str) -> dict[str, str]:
@@ -64,7 +67,7 @@ async def test_auths(docker: DockerConfig, registry: str, username: str | None) 
             }
         },
     )
-    login = await docker.find(registry)
+    login = await docker.find(registry, "team/app")
     assert (None if login is None else login.username) == username
     if registry == "url.example":
         assert login == Login("url", "a:b")
@@ -74,11 +77,11 @@ async def test_auths(docker: DockerConfig, registry: str, username: str | None) 
 
 async def test_no_file_is_no_login_and_a_new_file_is_seen(docker: DockerConfig) -> None:
     """Without a config there is no login; one that is written later is used at the next question."""
-    assert await docker.find("reg.example") is None
+    assert await docker.find("reg.example", "team/app") is None
     configure(docker, {"auths": {"reg.example": auth("ada", "1")}})
-    assert await docker.find("reg.example") == Login("ada", "1")
+    assert await docker.find("reg.example", "team/app") == Login("ada", "1")
     configure(docker, {"auths": {"reg.example": auth("ada", "2")}})
-    assert await docker.find("reg.example") == Login("ada", "2")
+    assert await docker.find("reg.example", "team/app") == Login("ada", "2")
 
 
 async def test_home_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +107,7 @@ async def test_unusable_files_are_named_without_their_content(docker: DockerConf
     """A config that cannot be used is `InvalidConfig` with its path, and quotes no secret."""
     configure(docker, config)
     with pytest.raises(InvalidConfig, match=r"config\.json") as caught:
-        await docker.find("reg.example")
+        await docker.find("reg.example", "team/app")
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
 
@@ -115,7 +118,7 @@ async def test_unusable_files_are_named_without_their_content(docker: DockerConf
 async def test_members_of_other_types_are_ignored(docker: DockerConfig, config: Any) -> None:
     """Members that are not what Docker writes are no logins, and no crash."""
     configure(docker, config)
-    assert await docker.find("reg.example") is None
+    assert await docker.find("reg.example", "team/app") is None
 
 
 async def test_helpers(docker: DockerConfig, tmp_path: Path) -> None:
@@ -130,17 +133,17 @@ async def test_helpers(docker: DockerConfig, tmp_path: Path) -> None:
             "auths": {"reg.example": auth("no", "no"), "x.example": auth("no", "no")},
         },
     )
-    assert await docker.find("reg.example") == Login("own", "reg.example")
-    assert await docker.find("x.example") == Login("", "x.example")
-    assert await docker.find("docker.io") == Login("", "https://index.docker.io/v1/")
+    assert await docker.find("reg.example", "team/app") == Login("own", "reg.example")
+    assert await docker.find("x.example", "team/app") == Login("", "x.example")
+    assert await docker.find("docker.io", "team/app") == Login("", "https://index.docker.io/v1/")
 
 
 async def test_helper_without_credentials_leaves_it_to_auths(docker: DockerConfig, tmp_path: Path) -> None:
     """A helper that has nothing for a registry is not an error."""
     helper(tmp_path, "none", "echo credentials not found in native keychain; exit 1")
     configure(docker, {"credsStore": "none", "auths": {"reg.example": auth("ada", "1")}})
-    assert await docker.find("reg.example") == Login("ada", "1")
-    assert await docker.find("other.example") is None
+    assert await docker.find("reg.example", "team/app") == Login("ada", "1")
+    assert await docker.find("other.example", "team/app") is None
 
 
 @pytest.mark.parametrize(
@@ -162,7 +165,7 @@ async def test_bad_helpers(
     helper(tmp_path, "bad", f"echo $$ > {tmp_path}/pid\n{script}")
     configure(docker, {"credsStore": "bad"})
     with pytest.raises(Unauthorized, match=says) as caught:
-        await docker.find("reg.example")
+        await docker.find("reg.example", "team/app")
     assert "hunter2" not in str(caught.value)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
@@ -172,16 +175,98 @@ async def test_missing_helper(docker: DockerConfig) -> None:
     """A helper that is not installed is named."""
     configure(docker, {"credsStore": "absent"})
     with pytest.raises(Unauthorized, match="docker-credential-absent: No such file"):
-        await docker.find("reg.example")
+        await docker.find("reg.example", "team/app")
 
 
 async def test_sources_in_order() -> None:
     """The first source with a login wins; a login for one registry is for no other."""
     first, second = FixedLogin(Login("a", "1"), "reg.example"), FixedLogin(Login("b", "2"))
     both = FirstOf((NoCredentials(), first, second))
-    assert await both.find("reg.example") == Login("a", "1")
-    assert await both.find("other.example") == Login("b", "2")
-    assert await FirstOf(()).find("reg.example") is None
+    assert await both.find("reg.example", "team/app") == Login("a", "1")
+    assert await both.find("other.example", "team/app") == Login("b", "2")
+    assert await FirstOf(()).find("reg.example", "team/app") is None
+
+
+class Moody:
+    """A source that is away, or knows what it is told to."""
+
+    def __init__(self, found: Login | SociError | None) -> None:
+        self.found = found
+        self.asked: list[tuple[str, str, tuple[Login, ...]]] = []
+
+    async def find(self, registry: str, repository: str, refused: Collection[Login] = ()) -> Login | None:
+        self.asked.append((registry, repository, tuple(refused)))
+        if isinstance(self.found, SociError):
+            raise self.found
+        return self.found
+
+
+async def test_a_source_that_is_away_is_passed_over() -> None:
+    """A source that is away is told of once, and once when it is back; the next one is asked meanwhile."""
+    told: list[tuple[str, dict[str, object]]] = []
+    moody, sure = Moody(BusUnavailable("no NATS")), Moody(Login("b", "2"))
+
+    def tell(what: str, /, **facts: object) -> None:
+        told.append((what, facts))
+
+    both = FirstOf((moody, sure), tell)
+    for _ in range(3):
+        assert await both.find("reg.example", "team/app") == Login("b", "2")
+    moody.found = Login("a", "1")
+    for _ in range(3):
+        assert await both.find("reg.example", "team/app") == Login("a", "1")
+    assert told == [
+        ("source of logins away", {"source": "Moody", "error": "no NATS"}),
+        ("source of logins back", {"source": "Moody"}),
+    ]
+    assert len(sure.asked) == 3
+
+
+async def test_an_error_of_a_source_stops_the_search() -> None:
+    """A source that is wrong, not away, ends the search: no other login is taken in its place."""
+    sure = Moody(Login("b", "2"))
+    with pytest.raises(InvalidConfig):
+        await FirstOf((Moody(InvalidConfig("broken")), sure)).find("reg.example", "team/app")
+    assert sure.asked == []
+
+
+async def test_a_refused_login_is_passed_over() -> None:
+    """Each source hears which logins were refused, and one that has no other is passed over."""
+    old, new = Moody(Login("a", "old")), Moody(Login("a", "new"))
+    both = FirstOf((old, new))
+    assert await both.find("reg.example", "team/app", (Login("a", "old"),)) == Login("a", "new")
+    assert old.asked == [("reg.example", "team/app", (Login("a", "old"),))]
+    assert await both.find("reg.example", "team/app", (Login("a", "old"), Login("a", "new"))) is None
+
+
+async def test_asked_logins() -> None:
+    """What another process knows is asked for by registry and repository; that it knows none is no error."""
+    asked: list[tuple[str, str]] = []
+
+    async def ask(registry: str, repository: str) -> Login:
+        asked.append((registry, repository))
+        if repository == "none":
+            raise NotFound("no login")
+        if repository == "away":
+            raise BusUnavailable("nobody answers")
+        return Login("", "") if repository == "empty" else Login("ada", "1")
+
+    source = AskedLogin(ask)
+    assert await source.find("reg.example", "team/app") == Login("ada", "1")
+    assert await source.find("reg.example", "none") is None
+    assert await source.find("reg.example", "empty") is None
+    with pytest.raises(BusUnavailable):
+        await source.find("reg.example", "away")
+    assert asked[0] == ("reg.example", "team/app")
+
+
+def test_the_bus_s_answer_hides_its_secret() -> None:
+    """What crosses the bus can be printed, and comes out as it went in."""
+    found = LoginFound("ada", "hunter2")
+    assert "hunter2" not in repr(found)
+    assert wire.decode(wire.encode(found), LoginFound) == found
+    ask = FindLogin("reg.example", "team/app")
+    assert wire.decode(wire.encode(ask), FindLogin) == ask
 
 
 def test_a_login_hides_its_secret() -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ import pytest
 
 from soci.errors import InvalidConfig
 from soci_runtime import config as module
-from soci_runtime.config import Config, load_config, parse_config
+from soci_runtime.config import Config, Loaded, MirrorSetting, load, load_config
+from soci_runtime.inert import INERT
+from soci_runtime.settings import SETTINGS
 
 NOTHING: dict[str, str] = {}
+PARALLEL = "[pull_modes.parallel_pull_unpack]"
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +29,14 @@ def no_default_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def load(text: str, tmp_path: Path, environment: dict[str, str] | None = None, **flags: Any) -> Config:
+def loaded(text: str, tmp_path: Path, environment: dict[str, str] | None = None, **flags: Any) -> Loaded:
     file = tmp_path / "config.toml"
     file.write_text(text, encoding="utf-8")
-    return load_config(file, flags, environment or NOTHING)
+    return load(file, flags, environment or NOTHING)
+
+
+def configured(text: str, tmp_path: Path, environment: dict[str, str] | None = None, **flags: Any) -> Config:
+    return loaded(text, tmp_path, environment, **flags).config
 
 
 def test_nothing_set_gives_the_defaults() -> None:
@@ -37,7 +46,8 @@ def test_nothing_set_gives_the_defaults() -> None:
     for field in fields(Config):
         if field.name != "node":
             assert getattr(config, field.name) == getattr(expected, field.name), field.name
-    assert module._NODE.fullmatch(config.node)
+    assert config.node
+    assert load_config(None, {"node": config.node}, NOTHING).node == config.node
     assert (config.cache, config.mounts) == (config.root / "cache", config.root / "mounts")
 
 
@@ -61,12 +71,41 @@ def test_nothing_set_gives_the_defaults() -> None:
         ("[sociable]\nindex_failure_ttl_sec = 0", "index_failure_ttl", 0.0),
         ('[sociable]\nplain_http = ["a:1", "b"]', "plain_http", ("a:1", "b")),
         ('metadata_store = "db"\n[directory_cache]\nmax_cache_fds = 3\n[future]\nx = {y = 1}', "span_attempts", 3),
+        ('[sociable]\nroot = "/r"', "root", Path("/r")),
+        ('[sociable]\naddress = "fd://"', "address", "fd://"),
+        ('[sociable]\nlog_level = "WARN"', "log_level", "warning"),
+        ("max_concurrency = 0", "max_concurrency", 100),
+        ("max_concurrency = -7", "max_concurrency", -1),
+        ("[http]\nDialTimeoutMsec = 1500", "dial_timeout", 1.5),
+        ("[HTTP]\ndialtimeoutmsec = 1500", "dial_timeout", 1.5),
+        ("[http]\nRequestTimeoutMsec = 0", "request_timeout", 300.0),
+        ("[http]\nMaxRetries = 0", "max_retries", 8),
+        ("[http]\nMaxRetries = -1", "max_retries", 0),
+        ("[http]\nMaxRetries = 3", "blob_max_retries", 3),
+        ("[http]\nMaxRetries = -1\n[blob]\nmax_retries = 0", "blob_max_retries", 0),
+        ("[http]\nMaxRetries = 3\n[blob]\nmax_retries = 5", "blob_max_retries", 5),
+        ("[http]\nMaxWaitMsec = 20", "blob_max_wait", 0.02),
+        ("[blob]\nvalid_interval = 5", "valid_interval", 5.0),
+        ("[resolver]\nauth_client_ttl_sec = -1", "auth_client_ttl", math.inf),
+        ("[resolver]\nauth_client_ttl_sec = 0", "auth_client_ttl", 3600.0),
+        ('[content_store]\ntype = ""', "content_store", "soci"),
+        ('[content_store]\ntype = "containerd"', "content_store", "containerd"),
+        ('[content_store]\ncontainerd_address = "unix:///c"', "containerd_address", "/c"),
+        ('[cri_keychain]\nimage_service_path = ""', "cri_image_service", "/run/containerd/containerd.sock"),
+        ("[cri_keychain]\nenable_keychain = true", "cri_keychain", True),
+        (f"{PARALLEL}\nmax_concurrent_downloads_per_image = 0", "max_downloads_per_image", 3),
+        (f"{PARALLEL}\nmax_concurrent_unpacks_per_image = -2", "max_unpacks_per_image", -1),
+        (f'{PARALLEL}\nconcurrent_download_chunk_size = "1.5 Mb"', "download_chunk", 3 << 19),
+        (f'{PARALLEL}\nconcurrent_download_chunk_size = "4096"', "download_chunk", 4096),
+        (f"{PARALLEL}\nconcurrent_download_chunk_size = 4096", "download_chunk", 4096),
+        (f'{PARALLEL}\nconcurrent_download_chunk_size = "0gb"', "download_chunk", 0),
+        (f'{PARALLEL}\nconcurrent_download_chunk_size = ""', "download_chunk", 0),
         ("", "soci_v2", True),
     ],
 )
 def test_keys_of_the_file(tmp_path: Path, text: str, field: str, value: Any) -> None:
     """Each key sets its field, in whatever case; what only the reference has is passed over."""
-    found = getattr(load(text, tmp_path), field)
+    found = getattr(configured(text, tmp_path), field)
     assert found == value
     assert type(found) is type(value)
 
@@ -74,23 +113,49 @@ def test_keys_of_the_file(tmp_path: Path, text: str, field: str, value: Any) -> 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('mount_timeout_sec = "7"', "mount_timeout_sec: '7' is not a float"),
+        ('mount_timeout_sec = "7"', "mount_timeout_sec: '7' is not a number"),
         ("mount_timeout_sec = true", "mount_timeout_sec"),
-        ("mount_timeout_sec = nan", "mount_timeout"),
-        ("mount_timeout_sec = inf", "mount_timeout"),
-        ("mount_timeout_sec = -1", "mount_timeout must be between"),
-        ("disable_verification = 1", "disable_verification: 1 is not a bool"),
+        ("mount_timeout_sec = nan", "mount_timeout_sec: nan must be between 0.1 and 86400 seconds"),
+        ("mount_timeout_sec = inf", "mount_timeout_sec: inf must be"),
+        ("mount_timeout_sec = -1", "mount_timeout_sec: -1 must be"),
+        (f"mount_timeout_sec = 1{'0' * 400}", "mount_timeout_sec: 1000"),
+        (f"mount_timeout_sec = 1{'0' * 5000}", "config.toml"),
+        (f"x = {'[' * 5000}", "config.toml"),
+        ("[mount_timeout_sec]", "mount_timeout_sec: {} is not a number"),
+        ("http = 5", "http: 5 is not a table"),
+        ("[http]\nMaxRetries = 1\nmaxretries = 1", "http.maxretries is there twice"),
+        ("[http]\nMaxWaitMsec = 1.5", "http.MaxWaitMsec: 1.5 is not a whole number"),
+        (f"[http]\nMaxWaitMsec = 1{'0' * 400}", "http.MaxWaitMsec: 1000"),
+        ("debug = 1", "debug: 1 is not true or false"),
+        ("[fuse]\nattr_timeout = true", "fuse.attr_timeout: True is not a whole number"),
+        ('[content_store]\ntype = "other"', "content_store.type: 'other' is none of soci, containerd"),
+        ('[content_store]\ncontainerd_address = "c.sock"', "content_store.containerd_address: 'c.sock'"),
+        ('[sociable]\nwhole_fallback = "perhaps"', "'perhaps' is none of auto, always, never"),
+        (
+            f'{PARALLEL}\nconcurrent_download_chunk_size = "much"',
+            "concurrent_download_chunk_size: 'much' is not a size",
+        ),
+        (f'{PARALLEL}\nconcurrent_download_chunk_size = "1tb"', "'1tb' is not a size"),
+        (f"{PARALLEL}\nconcurrent_download_chunk_size = -1", "-1 must be between 0"),
+        (f"{PARALLEL}\nmax_concurrent_downloads = 2", "max_concurrent_downloads_per_image is above .*_downloads, 2"),
+        ('[sociable]\nkubelet_credential_config = "/c"', "needs sociable.kubelet_credential_bin_dir"),
+        ("[resolver]\nhost = 1", "resolver.host: 1 is not a table"),
+        ('[resolver.host."h"]\nmirrors = 1', 'resolver.host."h".mirrors: 1 is not a list'),
+        ('[[resolver.host."h".mirrors]]\ninsecure = true', "a mirror without host"),
+        ('[[resolver.host."h".mirrors]]\nhost = "m"\ninsecure = 1', "insecure: 1 is not true or false"),
+        ('[[resolver.host."h".mirrors]]\nhost = "m"\nrequest_timeout_sec = nan', "request_timeout_sec must be"),
+        ('[resolver.host."h"]\n[resolver.host."H"]', "is there twice"),
         ("[snapshotter]\nmin_layer_size = 1.5", "snapshotter.min_layer_size"),
         ("[snapshotter]\nmin_layer_size = -1", "min_layer_size"),
         ("[snapshotter]\nmin_layer_size = true", "snapshotter.min_layer_size"),
-        ("[blob]\nmax_span_verification_retries = 1000000", "span_attempts"),
+        ("[blob]\nmax_span_verification_retries = 1000000", "max_span_verification_retries: 1000000 must be"),
         ('[sociable]\nplain_http = "a"', "sociable.plain_http"),
         ("[sociable]\nplain_http = [1]", "sociable.plain_http"),
-        ('[sociable]\nnode = "a.b"', "node 'a.b'"),
-        ('[sociable]\nnode = "a b"', "node 'a b'"),
+        ('[sociable]\nnode = "a.b"', "sociable.node: 'a.b'"),
+        ('[sociable]\nnode = "a b"', "sociable.node: 'a b'"),
         ("[sociable]\nread_deadline_sec = 0", "read_deadline"),
-        ("[sociable]\nread_deadline_sek = 5", "sociable.read_deadline_sek is no setting; .*read_deadline_sec"),
-        ("sociable = 5", "sociable is no setting"),
+        ("[sociable]\nwebhook_token = 123456", "sociable.webhook_token: not a text$"),
+        ("sociable = 5", "sociable: 5 is not a table"),
         ("a = ", "config.toml"),
         ("a = 1\na = 2", "config.toml"),
     ],
@@ -98,18 +163,18 @@ def test_keys_of_the_file(tmp_path: Path, text: str, field: str, value: Any) -> 
 def test_wrong_values_are_named(tmp_path: Path, text: str, words: str) -> None:
     """The message names file or key, and what is wrong with it."""
     with pytest.raises(InvalidConfig, match=words):
-        load(text, tmp_path)
+        configured(text, tmp_path)
 
 
 def test_flags_beat_environment_beats_file(tmp_path: Path) -> None:
     """Each later one counts; an empty variable and an absent flag say nothing."""
     text = '[sociable]\nnode = "file"\nnats_url = "nats://file:1"'
     environment = {"SOCIABLE_NODE": "environment", "NATS_URL": "", "SOCI_SNAPSHOTTER_LOG_LEVEL": "debug"}
-    config = load(text, tmp_path, environment, log_level="error", node=None, root=tmp_path)
+    config = configured(text, tmp_path, environment, log_level="error", node=None, root=tmp_path)
     assert (config.node, config.nats_url, config.log_level) == ("environment", "nats://file:1", "error")
     assert config.root == tmp_path
-    assert load(text, tmp_path).node == "file"
-    assert load(text, tmp_path, environment, node="flag").node == "flag"
+    assert configured(text, tmp_path).node == "file"
+    assert configured(text, tmp_path, environment, node="flag").node == "flag"
 
 
 @pytest.mark.parametrize(
@@ -130,11 +195,12 @@ def test_the_environment(name: str, value: str, field: str, found: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"log_level": "loud"}, "log level 'loud' is none of debug"),
+        ({"log_level": "loud"}, "--log-level: 'loud' is none of debug"),
         ({"address": "relative.sock"}, "address"),
         ({"address": "/" + "x" * 107}, "107 bytes"),
-        ({"address": "fd://"}, "address"),
-        ({"node": "ä"}, "node"),
+        ({"address": "fd://3"}, "--address: 'fd://3'"),
+        ({"mount_timeout": 5}, "mount_timeout cannot be set by a flag"),
+        ({"node": "ä"}, "--node: 'ä'"),
         ({"node": "x" * 65}, "node"),
         ({"root": 5}, "--root: 5"),
         ({"nats_url": 5}, "--nats-url: 5"),
@@ -180,9 +246,85 @@ def test_a_named_file_must_be_readable(tmp_path: Path, make: str) -> None:
         load_config(None, {}, {"SOCI_SNAPSHOTTER_CONFIG": str(path)})
 
 
-def test_every_key_is_of_a_field() -> None:
-    """The table of keys and the class agree."""
-    names = {field.name for field in fields(Config)}
-    assert set(module._KEYS.values()) <= names
-    assert set(module._ENVIRONMENT.values()) <= names
-    assert parse_config("", "x") == {}
+def test_every_field_is_set_by_one_setting() -> None:
+    """The table of settings and the class agree, and no key means two things."""
+    assert sorted(one.field for one in SETTINGS) == sorted(field.name for field in fields(Config))
+    keys = [one.key.lower() for one in SETTINGS] + [one.key for one in INERT]
+    assert len(set(keys)) == len(keys)
+    for one in SETTINGS:
+        written = tomllib.loads(f"x = {one.kind.write(one.default)}")["x"]
+        assert one.take(written, "default") == one.default, "a default is within its limits"
+
+
+def test_mirrors(tmp_path: Path) -> None:
+    """The reference's mirrors, by host, in their order, their keys and hosts in whatever case."""
+    text = """
+    [Resolver.Host."Docker.io"]
+    [[Resolver.Host."Docker.io".Mirrors]]
+    Host = "https://m:5000/v2"
+    INSECURE = true
+    request_timeout_sec = -1
+    [[Resolver.Host."Docker.io".Mirrors]]
+    host = "n"
+    [Resolver.Host."a.example"]
+    """
+    assert configured(text, tmp_path).resolver_hosts == (
+        ("a.example", ()),
+        (
+            "docker.io",
+            (MirrorSetting("https://m:5000/v2", insecure=True, request_timeout=math.inf), MirrorSetting("n")),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("mount_timeout_sek = 5", ["mount_timeout_sek (is mount_timeout_sec meant?)"]),
+        ("[sociable]\nread_deadline_sek = 5", ["sociable.read_deadline_sek (is sociable.read_deadline_sec meant?)"]),
+        ("[snapshoter]\nmin_layer_size = 5", ["snapshoter (is snapshotter meant?)"]),
+        ("min_layer_size = 5", ["min_layer_size (is snapshotter.min_layer_size meant?)"]),
+        ("[tomorrow]\nx = {y = 1}", ["tomorrow"]),
+        ('[[resolver.host."h".mirrors]]\nhost = "m"\nlevel = 1', ['resolver.host."h".mirrors.level']),
+    ],
+)
+def test_unknown_keys_are_told_or_refused(tmp_path: Path, text: str, unknown: list[str]) -> None:
+    """A key that nobody knows is told, with the nearest that is known, and refused where that is asked for."""
+    found = loaded(text, tmp_path)
+    assert list(found.unknown) == unknown
+    with pytest.raises(InvalidConfig) as refused:
+        load(tmp_path / "config.toml", {}, NOTHING, strict=True)
+    assert str(refused.value) == f"{tmp_path / 'config.toml'}: no setting: {', '.join(unknown)}"
+
+
+def test_many_unknown_keys_cost_little(tmp_path: Path) -> None:
+    """Of a file full of them the first are named and the others counted."""
+    found = loaded("".join(f"k{number} = 1\n" for number in range(50_000)), tmp_path)
+    assert found.unknown[0] == "k0"
+    assert found.unknown[-1] == "and 49980 more"
+    assert len(found.unknown) == 21
+
+
+def test_keys_without_effect_are_told_where_they_are_set(tmp_path: Path) -> None:
+    """A key of the reference that means nothing here is told with the reason if it is set to something unusual."""
+    usual = 'filesystem_cache_type = "directory"\n[fuse]\nattr_timeout = 1\n[directory_cache]\ndirect = true'
+    assert loaded(usual, tmp_path).without_effect == ()
+    unusual = "[Fuse]\nAttr_Timeout = 7\n[pull_modes.parallel_pull_unpack.decompress_streams.gzip]\npath = '/x'"
+    told = dict(loaded(unusual, tmp_path).without_effect)
+    assert set(told) == {"fuse.attr_timeout", "pull_modes.parallel_pull_unpack.decompress_streams.gzip.path"}
+    assert "isal" in told["pull_modes.parallel_pull_unpack.decompress_streams.gzip.path"]
+
+
+def test_who_set_a_value(tmp_path: Path) -> None:
+    """A value's origin is its file and key, its variable or its flag; a default has none."""
+    text = '[Sociable]\nNode = "file"\nnats_url = "nats://file:1"\n[http]\nMaxRetries = 1\nMaxWaitMsec = 0'
+    found = loaded(text, tmp_path, {"NATS_URL": "nats://e:1"}, log_level="error")
+    file = tmp_path / "config.toml"
+    assert dict(found.origins) == {
+        "node": f"{file}: Sociable.Node",
+        "nats_url": "NATS_URL",
+        "log_level": "--log-level",
+        "max_retries": f"{file}: http.MaxRetries",
+        "blob_max_retries": f"{file}: http.MaxRetries",
+    }
+    assert found.file == str(file)

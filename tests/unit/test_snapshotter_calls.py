@@ -7,10 +7,9 @@ import asyncio
 import gzip
 import io
 import tarfile
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,20 @@ from soci_bus import asks
 from soci_bus.events import ContainerPrepared, IndexChosen, LaunchStarted, ModeChosen
 from soci_bus.face import Context
 from soci_bus.memory import MemoryBus
+from soci_cache import LayerStore
+from soci_cache.arriving import COMPLETE, ArrivingWriter
+from soci_runtime.flights import Flights
 from soci_snapshotter import directories
 from soci_snapshotter import labels as names
-from soci_snapshotter import layers as layers_module
 from soci_snapshotter import snapshots as module
+from soci_snapshotter.history import History
+from soci_snapshotter.images import Images
 from soci_snapshotter.layers import Layers
+from soci_snapshotter.mode import Rules
 from soci_snapshotter.mounts import Places
 from soci_snapshotter.snapshots import Snapshots, namespace_of
 from soci_snapshotter.store import SnapshotStore
+from soci_snapshotter.whole import WholeLayers
 
 MANIFEST, LAYER, ZTOC, INDEX = (sha256_digest(text) for text in (b"manifest", b"layer", b"ztoc", b"index"))
 CHAIN = "sha256:" + "c" * 64
@@ -68,6 +73,7 @@ class Node:
         default_factory=lambda: asks.IndexFound(INDEX, "v1-referrer", (asks.IndexedLayer(LAYER, ZTOC, 99),))
     )
     shown: dict[str, asks.MountLayer] = field(default_factory=dict)
+    fetched: list[asks.FetchLayer] = field(default_factory=list)
     attached: list[asks.AttachLaunch] = field(default_factory=list)
     blob: bytes = b""
     diff_id: Digest = LAYER
@@ -78,7 +84,15 @@ class Node:
         self.places.snapshots.mkdir()
         self.places.mounts.mkdir()
         self.store = self.thread.submit(SnapshotStore, self.root / "metadata.db").result()
-        self.layers = Layers(self.bus, self.places, min_layer_size=0, mount_timeout=10.0)
+
+    async def begin(self, stack: AsyncExitStack) -> None:
+        flights = await stack.enter_async_context(Flights())
+        whole = await stack.enter_async_context(WholeLayers(self.bus, self.root / "unpack"))
+        history, rules = History(self.root / "history.db"), Rules()
+        stack.callback(history.close)
+        cache = LayerStore(self.root / "cache")
+        images = Images(self.bus, flights, whole, history, cache, rules, timeout=10.0)
+        self.layers = Layers(self.bus, self.places, images, whole, rules, mount_timeout=10.0)
         self.snapshots = Snapshots(self.store, self.layers, self.places, self.bus, self.thread)
 
     async def fetcher(self) -> None:
@@ -118,10 +132,15 @@ class Node:
     def _config(self, _ask: asks.ReadImageConfig) -> asks.ImageConfig:
         return asks.ImageConfig((LAYER,), (OCI_LAYER_GZIP,), (self.diff_id,))
 
-    def _layer(self, _ask: asks.FetchLayer) -> asks.LayerFetched:
-        path = self.root / "blob"
-        path.write_bytes(self.blob)
-        return asks.LayerFetched(str(path), len(self.blob))
+    def _layer(self, ask: asks.FetchLayer) -> asks.LayerFetched:
+        self.fetched.append(ask)
+        writer = ArrivingWriter.claim(Path(ask.path))
+        assert writer
+        writer.write(0, self.blob)
+        writer.advance(len(self.blob))
+        writer.finish(COMPLETE)
+        writer.close()
+        return asks.LayerFetched(ask.path, len(self.blob))
 
     def _mount(self, ask: asks.MountLayer) -> asks.LayerMounted:
         self.shown[ask.mount] = ask
@@ -157,7 +176,9 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
         made = Node(tmp_path, thread)
         await made.fetcher()
         await made.mounter()
-        yield made
+        async with AsyncExitStack() as stack:
+            await made.begin(stack)
+            yield made
         thread.submit(made.store.close).result()
 
 
@@ -235,6 +256,8 @@ async def test_without_a_bus(tmp_path: Path) -> None:
     """With nobody on the bus a remote Prepare is deferred with the reason, and local snapshots work."""
     with ThreadPoolExecutor(1) as thread:
         node = Node(tmp_path, thread)
+        stack = AsyncExitStack()
+        await node.begin(stack)
         (mount,) = await node.snapshots.prepare(KEY, "", WANTED, "")
         assert mount.type == "bind"
         assert "no process answers find-index" in node.events(ModeChosen)[0].why
@@ -243,6 +266,7 @@ async def test_without_a_bus(tmp_path: Path) -> None:
         await node.snapshots.remove("c")
         await node.snapshots.cleanup()
         assert [path.name for path in node.places.snapshots.iterdir()] == ["1"]
+        await stack.aclose()
         thread.submit(node.store.close).result()
 
 
@@ -280,7 +304,7 @@ async def test_a_whole_layer(node: Node) -> None:
     assert found.labels[names.HAS_INDEX] == "true"
     assert found.size >= 10_000
     assert found.inodes == 2
-    assert not (node.root / "blob").exists()
+    assert list((node.root / "unpack").iterdir()) == []
 
 
 async def test_a_lazy_attempt_that_fails(node: Node) -> None:
@@ -305,7 +329,7 @@ async def test_a_layer_that_does_not_unpack(node: Node) -> None:
     (mount,) = await node.snapshots.prepare(KEY, "", WANTED, "")
     assert list(Path(mount.source).iterdir()) == []
     assert "the image says" in node.events(ModeChosen)[0].why
-    assert not (node.root / "blob").exists()
+    assert list((node.root / "unpack").iterdir()) == []
 
 
 async def test_the_mounter_shows_another_root(node: Node) -> None:
@@ -362,7 +386,7 @@ async def test_a_failure_frees_the_key(node: Node) -> None:
 @pytest.mark.parametrize("verb", [asks.FindIndex.verb, asks.MountLayer.verb, asks.FetchLayer.verb])
 async def test_the_client_goes_away(node: Node, verb: str) -> None:
     """A cancelled Prepare leaves no snapshot, wherever it stood, and its key can be used again."""
-    reached = asyncio.Event()
+    reached, answered = asyncio.Event(), asyncio.Event()
     if verb == asks.FetchLayer.verb:
         node.index = asks.IndexFound(INDEX, "explicit", ())
         node.blob, node.diff_id = layer_blob(hello=b"world")
@@ -370,7 +394,7 @@ async def test_the_client_goes_away(node: Node, verb: str) -> None:
     async def hook(asked: str) -> None:
         if asked == verb:
             reached.set()
-            await asyncio.Event().wait()
+            await answered.wait()
 
     node.hook = hook
     call = asyncio.ensure_future(node.snapshots.prepare(KEY, "", WANTED, ""))
@@ -380,6 +404,7 @@ async def test_the_client_goes_away(node: Node, verb: str) -> None:
         await call
     assert await node.kinds() == {}
     node.hook = None
+    answered.set()
     await node.pull()
     await node.snapshots.cleanup()
     assert [path.name for path in node.places.snapshots.iterdir()] == [str((await node.snapshots.stat(CHAIN)).id)]
@@ -398,29 +423,40 @@ async def test_the_client_goes_away_at_any_moment(node: Node) -> None:
         assert key not in await node.kinds()
 
 
-async def test_a_cancelled_unpack_ends(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the client goes away during the unpacking, the thread has ended before the call does."""
+async def test_a_whole_layer_goes_on_without_its_client(node: Node) -> None:
+    """Where the client goes away while a layer comes, it goes on coming, and the next client takes it."""
     node.index = asks.IndexFound(INDEX, "explicit", ())
-    running, loop = asyncio.Event(), asyncio.get_running_loop()
-    state = {"writes": False}
+    node.blob, node.diff_id = layer_blob(hello=b"world")
+    reached, answered = asyncio.Event(), asyncio.Event()
 
-    def unpack(_blob: Path, _target: Path, *, stopped: Callable[[], bool], **_: object) -> tuple[int, int]:
-        state["writes"] = True
-        loop.call_soon_threadsafe(running.set)
-        while not stopped():
-            time.sleep(0.01)
-        time.sleep(0.3)  # what it was in the middle of
-        state["writes"] = False
-        raise errors.SociError("given up")
+    async def hook(verb: str) -> None:
+        if verb == asks.FetchLayer.verb:
+            reached.set()
+            await answered.wait()
 
-    monkeypatch.setattr(layers_module, "unpack", unpack)
+    node.hook = hook
     call = asyncio.ensure_future(node.snapshots.prepare(KEY, "", WANTED, ""))
-    await running.wait()
+    await reached.wait()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    assert not state["writes"]
-    assert not (node.root / "blob").exists()
+    answered.set()
+    await node.pull()
+    assert len(node.fetched) == 1
+    assert (node.places.upper((await node.snapshots.stat(CHAIN)).id) / "hello").read_bytes() == b"world"
+
+
+async def test_a_layer_that_another_namespace_pulled(node: Node) -> None:
+    """A layer that is here is not brought again, whoever asks for it; what lies on something else is."""
+    await node.pull()
+    await node.pull("other/4/extract " + CHAIN)
+    assert await node.kinds() == {CHAIN: "committed"}
+    assert len(node.events(ModeChosen)) == 1
+    await node.pull("other/5/extract", CHAIN)
+    assert len(node.events(ModeChosen)) == 2
+    node.shown.clear()  # the mounter lost them: they are shown again
+    await node.pull("third/4/extract " + CHAIN)
+    assert len(node.shown) == 1
 
 
 async def test_lazy_layers_that_are_gone(node: Node) -> None:
@@ -503,7 +539,7 @@ async def test_a_number_listed_is_not_given_again(node: Node, monkeypatch: pytes
         mounts.append(asked.result(20)[0])
         real(place)
 
-    monkeypatch.setattr(module, "remove_directory", slow)
+    monkeypatch.setattr(module, "remove_place", slow)
     await node.snapshots.cleanup()
     assert Path(mounts[0].source).is_dir()
     assert not (node.places.snapshots / "1").exists()

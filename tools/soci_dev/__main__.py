@@ -71,6 +71,15 @@ def lint() -> None:
     sys.exit(checks.run_lint())
 
 
+@dev.command()
+@click.option("--check", is_flag=True, help="Change nothing; fail if the page is not what the settings say.")
+def docs(*, check: bool) -> None:
+    """Write the tables of docs/configuration.md from the settings."""
+    from soci_dev.docs import run  # noqa: PLC0415
+
+    sys.exit(run(check=check))
+
+
 @dev.command("compose-proof")
 def compose_proof() -> None:
     """Bring compose.yaml up in a private Docker engine and launch an image lazily through it.

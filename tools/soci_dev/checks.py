@@ -62,6 +62,8 @@ def lint_commands(checkout: Path) -> dict[str, list[str]]:
         "mypy --strict": [sys.executable, "-m", "mypy", "--no-error-summary", *sources],
         "package borders": [str(programs / "lint-imports")],
     }
+    if (checkout / "docs" / "configuration.md").exists():
+        commands["generated tables"] = [sys.executable, "-m", "soci_dev.docs", "--check"]
     generator = checkout / "proto" / "generate"
     if generator.exists():
         commands["generated code"] = [str(generator), "--check"]

@@ -68,6 +68,7 @@ class Stack:
         cri: whether its CRI plugin is on, on the same socket.
         flags: more command-line words by service, as ``{"fetcher": ["--log-level", "debug"]}``.
         environment: more environment variables of our services.
+        settings: their configuration file's text (TOML), for those that flags give no other file.
         registry_settings: more tables of the registries' configuration.
         progress: is told in a few words what happens.
 
@@ -86,6 +87,7 @@ class Stack:
         cri: bool = False,
         flags: Mapping[str, Sequence[str]] | None = None,
         environment: Mapping[str, str] | None = None,
+        settings: str = "",
         registry_settings: Mapping[str, object] | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -116,6 +118,9 @@ class Stack:
         )
         self._flags = dict(flags or {})
         self._environment = {**os.environ, **(environment or {})}
+        self._settings = settings
+        if settings:
+            self._environment["SOCI_SNAPSHOTTER_CONFIG"] = str(self.folder / "services.toml")
         self._registry_settings = dict(registry_settings or {})
         self._progress = progress
         self._starters: dict[str, Callable[[], Daemon]] = {}
@@ -137,6 +142,8 @@ class Stack:
     def __enter__(self) -> Self:
         self._claim()
         try:
+            if self._settings:
+                (self.folder / "services.toml").write_text(self._settings)
             self._start_all()
         except BaseException as error:
             self.close(keep_logs=isinstance(error, Exception))  # not for Ctrl-C

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -79,24 +80,39 @@ def _fetched(package: str) -> Path:
 
 
 def _fetch(package: str, home: Path) -> None:
-    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        raise NotFound(f"{package} is not installed and there is no apt-get to fetch it with: install it yourself")
+    need_apt(package)
     print(f"fetching Debian's {package} into {home}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=f".{package}-") as temporary:
-        folder = Path(temporary)
-        if not _download(package, folder):
-            _apt(["apt-get", "update", "-qq"], folder)  # a fresh machine has no package lists at all
-            if not _download(package, folder):
-                raise Unavailable(f"apt-get cannot download {package}: see its message above")
-        deb = next(folder.glob("*.deb"))
-        tree = folder / "tree"
+        unpacked([package], Path(temporary)).rename(home)
+
+
+def need_apt(what: str) -> None:
+    """Raises `NotFound` on a machine that is no Debian."""
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        raise NotFound(f"{what} is not installed and there is no apt-get to fetch it with: install it yourself")
+
+
+def unpacked(packages: Sequence[str], folder: Path) -> Path:
+    """A folder below ``folder`` with what these Debian packages hold, one over the other. Raises `Unavailable`."""
+    if not _download(packages, folder):
+        update_lists(folder)  # a fresh machine has no package lists at all
+        if not _download(packages, folder):
+            raise Unavailable(f"apt-get cannot download {', '.join(packages)}: see its message above")
+    tree = folder / "tree"
+    for deb in sorted(folder.glob("*.deb")):
         subprocess.run(["dpkg-deb", "-x", deb, tree], check=True, timeout=_APT_TIMEOUT_S)
-        tree.rename(home)
+        deb.unlink()
+    return tree
 
 
-def _download(package: str, folder: Path) -> bool:
+def update_lists(folder: Path) -> None:
+    """Have apt-get fetch its lists of packages; a failure shows when one is asked for."""
+    _apt(["apt-get", "update", "-qq"], folder)
+
+
+def _download(packages: Sequence[str], folder: Path) -> bool:
     # The sandbox user of apt cannot write into our folder; as root it would only warn about that.
-    command = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package]
+    command = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", *packages]
     return _apt(command, folder) and any(folder.glob("*.deb"))
 
 

@@ -7,7 +7,7 @@ An ask is request and reply with a deadline, on ``soci.ask.<node>.<verb>``: it f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
 from soci.digest import Digest
@@ -38,11 +38,16 @@ class IndexedLayer:
 
 @dataclass(frozen=True, slots=True)
 class IndexFound:
-    """The index chosen for an image manifest; ``found_by`` is ``explicit``, ``v2-annotation`` or ``v1-referrer``."""
+    """The index chosen for an image manifest; ``found_by`` is ``explicit``, ``v2-annotation`` or ``v1-referrer``.
+
+    With it comes what was seen of the way to its registry: bytes a second, and seconds of a round trip. 0: nothing yet.
+    """
 
     index: Digest
     found_by: str
     layers: tuple[IndexedLayer, ...]
+    bytes_per_second: float = 0.0
+    round_trip: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +115,19 @@ class LayerFetched:
 
 @dataclass(frozen=True, slots=True)
 class FetchLayer(Ask[LayerFetched]):
-    """Bring a whole layer blob (for a layer that is not loaded lazily). The asker deletes the file after use."""
+    """Bring a whole layer blob into a file of this node, which the asker deletes after use.
+
+    ``size`` is that of the blob, where it is known. ``path`` is a file that the asker has announced
+    (`soci_cache.arriving`), and may read from while it is filled; empty: the answer names a file.
+    The same ask again while the first one is under way is answered with it.
+    """
 
     verb: ClassVar[str] = "fetch-layer"
     answer: ClassVar[type] = LayerFetched
     image: str
     layer: Digest
+    size: int | None = None
+    path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +137,7 @@ class ImageConfig:
     layers: tuple[Digest, ...]
     media_types: tuple[str, ...]
     diff_ids: tuple[Digest, ...]
+    sizes: tuple[int, ...] = ()  # bytes of the blobs, as the manifest has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +148,33 @@ class ReadImageConfig(Ask[ImageConfig]):
     answer: ClassVar[type] = ImageConfig
     image: str
     manifest: Digest
+
+
+# --- snapshotter: containerd's door -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LoginFound:
+    """What a client of the image service handed over for an image. No ``username``: an identity token.
+
+    The secret stays out of logs, events and traces: this class never shows it.
+    """
+
+    username: str
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class FindLogin(Ask[LoginFound]):
+    """Which login did the image service (CRI's ``PullImage``) bring for this repository? `NotFound` where none.
+
+    ``registry`` is the host that asks for the login, as images name it (``docker.io``, ``host:port``).
+    """
+
+    verb: ClassVar[str] = "find-login"
+    answer: ClassVar[type] = LoginFound
+    registry: str
+    repository: str
 
 
 # --- mounter: the kernel's door ---------------------------------------------------------------------------------
@@ -154,6 +194,10 @@ class MountLayer(Ask[LayerMounted]):
     ``mount`` names the directory (one path component, chosen by the snapshotter). ``lower`` are the directories
     of the layers below, nearest first: directories that the layer implies but does not list take their
     attributes from there, as an unpacked layer would.
+
+    ``uid_map`` and ``gid_map`` (both or neither) show owners as a user namespace has them: extents of
+    ``(container id, host id, length)``, see `soci.idmap`. ``user_xattrs`` marks opaque directories by
+    ``user.overlay.opaque``, for an overlayfs that was mounted with ``userxattr``.
     """
 
     verb: ClassVar[str] = "mount-layer"
@@ -163,6 +207,9 @@ class MountLayer(Ask[LayerMounted]):
     layer: Digest
     ztoc: Digest
     lower: tuple[str, ...] = ()
+    uid_map: tuple[tuple[int, int, int], ...] = ()
+    gid_map: tuple[tuple[int, int, int], ...] = ()
+    user_xattrs: bool = False
 
 
 @dataclass(frozen=True, slots=True)

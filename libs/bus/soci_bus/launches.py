@@ -100,6 +100,9 @@ def fold_launch(launch: str, history: Iterable[Envelope]) -> LaunchView | None:
     starts = [envelope for envelope in ordered if isinstance(envelope.event, events.LaunchStarted)]
     if starts:
         view.started_ns = starts[0].at_ns
+    for envelope in ordered:  # layers stand as they were prepared, though the bytes of an upper one may come before
+        if isinstance(envelope.event, events.ModeChosen):
+            view.layer(envelope.event.layer)
     for envelope in ordered:
         at = (envelope.at_ns - view.started_ns) / 1e9
         view.last_event_at = max(view.last_event_at, at)

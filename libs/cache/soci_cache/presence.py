@@ -27,6 +27,7 @@ MAGIC = b"SOCISPAN"
 VERSION = 1
 HEADER = 64
 HERE = 1
+_ABSENT_TO_SPACE = bytes([0x20]) + bytes(range(1, 256))
 SPANS_LIMIT = 131_000
 """Spans of one layer: the most that the zTOC's checkpoints may have."""
 
@@ -77,6 +78,10 @@ class Presence:
     def present(self) -> int:
         """How many spans are here."""
         return self._map[HEADER:].count(HERE)
+
+    def runs(self) -> int:
+        """How many runs of neighbouring spans are here: what came at once, more or less."""
+        return len(self._map[HEADER:].translate(_ABSENT_TO_SPACE).split())
 
     def mark(self, span: int) -> None:
         """Say that the span is here. Only after its bytes are in the file."""

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from soci.digest import Digest, hex_of, new_hash, parse_digest
@@ -44,6 +45,22 @@ DRAFT_STALE = 3600.0
 """Seconds after which a half-made folder is somebody's who was killed."""
 PIECE = 1 << 20
 """Bytes of ``layer.tar`` that are digested at a time."""
+BLOCK_UNIT = 512
+"""Bytes of a block as stat(2) counts them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """How much of a layer is here: spans in all, spans here, and in how many runs of neighbours."""
+
+    spans: int
+    present: int
+    runs: int
+
+    @property
+    def share(self) -> float:
+        """The share of spans that is here, 0 to 1; a layer without spans is here."""
+        return self.present / self.spans if self.spans else 1.0
 
 
 class LayerStore:
@@ -76,6 +93,33 @@ class LayerStore:
     def read(self, layer: Digest, ztoc: Digest) -> LayerReader:
         """Open a prepared layer for reading; `NotFound` where there is none."""
         return self.prepare(layer, ztoc, None)
+
+    def here(self, layer: Digest, ztoc: Digest) -> Here | None:
+        """What the map says is here, without a look at anything else; None where there is no map to trust.
+
+        For estimates: a map of an earlier boot is none.
+        """
+        try:
+            presence = Presence(self.directory(layer, ztoc) / "spans", writable=False)
+        except (OSError, InvalidInput):
+            return None
+        try:
+            return Here(presence.count, presence.present(), presence.runs()) if presence.boot == boot_id() else None
+        finally:
+            presence.close()
+
+    def usage(self, layer: Digest, ztoc: Digest) -> tuple[int, int]:
+        """Allocated bytes and inodes of the layer's folder: ``layer.tar`` without its holes, zTOC, map, journal."""
+        place = self.directory(layer, ztoc)
+        size = inodes = 0
+        try:
+            found = [place.lstat(), *(entry.stat(follow_symlinks=False) for entry in os.scandir(place))]
+        except OSError:  # it is not here, or is just being deleted
+            found = []
+        for one in found:
+            size += one.st_blocks * BLOCK_UNIT
+            inodes += 1
+        return size, inodes
 
     def write(self, layer: Digest, ztoc: Digest) -> LayerWriter:
         """Open a prepared layer for filling; `NotFound` where there is none."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 import random
 import re
@@ -37,6 +38,9 @@ HELD_MAX = 4096
 TOKEN_TRIES = 3
 """Tries in a row; the request that needs the token has its own tries around them."""
 
+LOGINS_MAX = 4
+"""Logins that are tried for one challenge, where the sources have another one for each that is refused."""
+
 EXPIRES_IN_DEFAULT = 60.0
 EXPIRES_IN_MAX = 24 * 3600.0
 EXPIRY_MARGIN = 0.9
@@ -60,6 +64,8 @@ class _Held:
     expires: float = 0.0
     challenge: Challenge | None = None
     error: SociError | TryError | None = None
+    refused: list[Login] = field(default_factory=list)
+    """Logins that this registry did not take, `LOGINS_MAX` at most."""
 
 
 class Authorizer:
@@ -86,7 +92,7 @@ class Authorizer:
             return None
         if held.expires > self._clock():
             return held.header
-        return await self.renew(access, (), held.header)
+        return await self.renew(access, (), None)  # it was not refused: the same login may be used again
 
     async def renew(self, access: Access, challenges: tuple[Challenge, ...], used: str | None) -> str:
         """A header to use instead of ``used``, which the registry refused.
@@ -105,10 +111,7 @@ class Authorizer:
             if challenge is None:
                 raise Unauthorized(f"{access.registry} refuses access to {access.scope} and names no way to log in")
             try:
-                header, lifetime = await self._obtain(access, challenge)
-                # The same password again cannot help; the same token can, where the refusal was an accident.
-                if header == used and challenge.scheme == "basic":
-                    raise Unauthorized(f"{access.registry} refuses the credentials for {access.scope}")
+                header, lifetime = await self._obtain(access, challenge, held, used)
             except (SociError, TryError) as error:
                 held.turn, held.header, held.error = held.turn + 1, None, error
                 raise
@@ -130,15 +133,40 @@ class Authorizer:
         self._all.move_to_end(access)
         return held
 
-    async def _obtain(self, access: Access, challenge: Challenge) -> tuple[str, float]:
-        """A fresh header, and for how many seconds it may be used."""
-        login = await self._credentials.find(access.registry)
-        if challenge.scheme == "basic":
-            if login is None or not login.username:
-                raise Unauthorized(f"{access.registry} wants a user name and password, and none is configured for it")
-            return _basic(login), EXPIRES_IN_MAX
-        token, lifetime = await self._token(access, challenge, login)
-        return f"Bearer {token}", lifetime
+    async def _obtain(self, access: Access, challenge: Challenge, held: _Held, used: str | None) -> tuple[str, float]:
+        """A fresh header, and for how many seconds it may be used; ``used`` is the header that was refused last.
+
+        Where a login is refused, its source is asked for a newer one, and other sources for theirs. Once all have been
+        refused they may be tried again: a registry can be wrong too.
+        """
+        failure: Unauthorized | None = None
+        for number in itertools.count(1):
+            login = await self._credentials.find(access.registry, access.repository, tuple(held.refused))
+            if failure is not None and (login is None or login in held.refused or number > LOGINS_MAX):
+                held.refused.clear()
+                raise failure
+            try:
+                return await self._answer(access, challenge, login, used)
+            except Unauthorized as error:
+                if login is None:
+                    held.refused.clear()
+                    raise
+                failure = error
+                held.refused = [*held.refused, login][-LOGINS_MAX:]
+        raise AssertionError("unreachable")
+
+    async def _answer(
+        self, access: Access, challenge: Challenge, login: Login | None, used: str | None
+    ) -> tuple[str, float]:
+        if challenge.scheme != "basic":
+            token, lifetime = await self._token(access, challenge, login)
+            return f"Bearer {token}", lifetime
+        if login is None or not login.username:
+            raise Unauthorized(f"{access.registry} wants a user name and password, and none is configured for it")
+        # The same password again cannot help; the same token can, where the refusal was an accident.
+        if (header := _basic(login)) == used:
+            raise Unauthorized(f"{access.registry} refuses the credentials for {access.scope}")
+        return header, self._settings.login_seconds
 
     async def _token(self, access: Access, challenge: Challenge, login: Login | None) -> tuple[str, float]:
         realm = challenge.parameters["realm"]

@@ -6,17 +6,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import contextlib
 import json
 import os
 import re
-import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from soci.errors import InvalidConfig, Unauthorized
+from soci.errors import InvalidConfig, Unauthorized, Unavailable
+from soci_registry.health import Tell, silent
+from soci_registry.programs import Limits, ProgramError, run
 from soci_registry.urls import DOCKER_HUB
 
 HUB_KEY = "https://index.docker.io/v1/"
@@ -24,7 +24,6 @@ HUB_KEY = "https://index.docker.io/v1/"
 
 CONFIG_BYTES_MAX = 4 * 1024 * 1024
 HELPER_SECONDS_MAX = 10.0
-HELPER_END_SECONDS_MAX = 1.0
 HELPER_ANSWER_BYTES_MAX = 64 * 1024
 HELPERS_AT_ONCE = 4
 
@@ -41,19 +40,27 @@ class Login:
     secret: str = field(repr=False)
 
 
+Refused = Collection[Login]
+NONE_REFUSED: Refused = ()
+
+
 class Credentials(Protocol):
     """Where a `Registry` asks for logins, at each challenge anew."""
 
-    async def find(self, registry: str) -> Login | None:
-        """The login for a registry (``host`` or ``host:port``), or None. An error stops the search."""
+    async def find(self, registry: str, repository: str, refused: Refused = NONE_REFUSED) -> Login | None:
+        """The login for a repository of a registry (``host`` or ``host:port``), or None. An error stops the search.
+
+        ``refused`` are logins that this registry has just refused: a source that remembers logins must forget these.
+        `Unavailable` says that the source is away, which does not mean that it has none.
+        """
 
 
 class NoCredentials:
     """Anonymous access."""
 
-    async def find(self, registry: str) -> Login | None:
+    async def find(self, registry: str, repository: str, refused: Refused = NONE_REFUSED) -> Login | None:
         """Always None."""
-        del registry
+        del registry, repository, refused
         return None
 
 
@@ -64,21 +71,38 @@ class FixedLogin:
     login: Login
     registry: str | None = None
 
-    async def find(self, registry: str) -> Login | None:
+    async def find(self, registry: str, repository: str, refused: Refused = NONE_REFUSED) -> Login | None:
         """The login, if it is meant for ``registry``."""
+        del repository, refused
         return self.login if self.registry in {None, registry} else None
 
 
-@dataclass(frozen=True, slots=True)
 class FirstOf:
-    """Several sources; the first that knows a login wins."""
+    """Several sources; the first that knows a login wins.
 
-    sources: Sequence[Credentials]
+    A source whose login was refused is passed over: the next may have a newer one. So is one that is away
+    (`Unavailable`), of which ``tell`` hears when it begins and when it is over.
+    """
 
-    async def find(self, registry: str) -> Login | None:
-        """The first login found."""
-        for source in self.sources:
-            if (login := await source.find(registry)) is not None:
+    def __init__(self, sources: Sequence[Credentials], tell: Tell = silent) -> None:
+        self._sources = tuple(sources)
+        self._tell = tell
+        self._away: set[int] = set()
+
+    async def find(self, registry: str, repository: str, refused: Refused = NONE_REFUSED) -> Login | None:
+        """The first login found that is not among the ``refused``."""
+        for number, source in enumerate(self._sources):
+            try:
+                login = await source.find(registry, repository, refused)
+            except Unavailable as error:
+                if number not in self._away:
+                    self._tell("source of logins away", source=type(source).__name__, error=str(error))
+                self._away.add(number)
+                continue
+            if number in self._away:
+                self._away.discard(number)
+                self._tell("source of logins back", source=type(source).__name__)
+            if login is not None and login not in refused:
                 return login
         return None
 
@@ -102,8 +126,9 @@ class DockerConfig:
         configured = os.environ.get("DOCKER_CONFIG")
         return (Path(configured) if configured else Path(os.environ.get("HOME", "/root"), ".docker")) / "config.json"
 
-    async def find(self, registry: str) -> Login | None:
+    async def find(self, registry: str, repository: str, refused: Refused = NONE_REFUSED) -> Login | None:
         """The login for ``registry``."""
+        del repository, refused  # nothing is kept between two questions
         path = self.path
         content = await asyncio.to_thread(_read, path)
         if content is None:
@@ -175,7 +200,7 @@ def login_from_auths(config: Mapping[str, Any], registry: str) -> Login | None:
     exact = [auths[name] for name in names_of(registry) if name in auths]
     by_host = [entry for key, entry in auths.items() if _host_of(key) in names_of(registry)]
     for entry in (*exact, *by_host):
-        if isinstance(entry, dict) and (login := _login_of(entry)) is not None:
+        if isinstance(entry, dict) and (login := login_of_entry(entry)) is not None:
             return login
     return None
 
@@ -184,7 +209,8 @@ def _host_of(key: str) -> str:
     return key.partition("://")[2].partition("/")[0] if "://" in key else key.partition("/")[0]
 
 
-def _login_of(entry: Mapping[str, Any]) -> Login | None:
+def login_of_entry(entry: Mapping[str, Any]) -> Login | None:
+    """The login of one entry of ``auths``, if any; `ValueError`, without the secret, where it is unreadable."""
     token, auth = entry.get("identitytoken"), entry.get("auth")
     if isinstance(token, str) and token:
         return Login("", token)
@@ -210,58 +236,14 @@ async def ask_helper(program: str, key: str) -> Login | None:
     """
     how = f"try: echo {key} | {program} get"
     try:
-        process = await asyncio.create_subprocess_exec(
-            program,
-            "get",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-            limit=HELPER_ANSWER_BYTES_MAX,
-        )
-    except OSError as error:
-        raise Unauthorized(f"credential helper {program}: {error.strerror}") from error
-    try:
-        async with asyncio.timeout(HELPER_SECONDS_MAX):
-            answer = await _converse(process, key)
-            code = await process.wait()
-    except TimeoutError:
-        raise Unauthorized(f"credential helper {program}: no answer in {HELPER_SECONDS_MAX:.0f} s; {how}") from None
-    finally:
-        await _end(process)
+        code, answer = await run([program, "get"], key.encode(), Limits(HELPER_SECONDS_MAX, HELPER_ANSWER_BYTES_MAX))
+    except ProgramError as error:
+        raise Unauthorized(f"credential helper {program}: {error}; {how}") from error
     if code != 0:
         if _NOT_FOUND in answer.lower():
             return None
         raise Unauthorized(f"credential helper {program}: exit code {code}; {how}")
     return _helper_login(answer, program)
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """End a helper with whatever it started: a grandchild would hold its pipes open."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(HELPER_END_SECONDS_MAX):
-            # What is left in the pipe is read to its end: a transport that is not at its end is never closed.
-            while process.stdout is not None and await process.stdout.read(HELPER_ANSWER_BYTES_MAX):
-                pass
-            await process.wait()
-
-
-async def _converse(process: asyncio.subprocess.Process, key: str) -> bytes:
-    if process.stdin is None or process.stdout is None:
-        raise RuntimeError("a helper without pipes")
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it need not read its input to answer
-        process.stdin.write(key.encode())
-        await process.stdin.drain()
-        process.stdin.close()
-    answer = b""
-    while part := await process.stdout.read(HELPER_ANSWER_BYTES_MAX + 1 - len(answer)):
-        answer += part
-        if len(answer) > HELPER_ANSWER_BYTES_MAX:
-            raise Unauthorized(f"credential helper: more than {HELPER_ANSWER_BYTES_MAX} bytes")
-    return answer
 
 
 def _helper_login(answer: bytes, program: str) -> Login | None:

@@ -5,18 +5,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from soci.digest import Digest, new_hash, parse_digest, sha256_digest
-from soci.errors import InvalidDigest, InvalidReference, LimitExceeded, Mismatch, NotFound, Unauthorized
+from soci.errors import (
+    InvalidDigest,
+    InvalidReference,
+    LimitExceeded,
+    Mismatch,
+    SociError,
+    Unauthorized,
+)
 from soci.oci import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 from soci_registry.failure import Kind, TryError
 from soci_registry.ranges import parse_content_range, parse_length, resume_for, skip_for
 from soci_registry.settings import MANIFEST_BYTES_MAX
 from soci_registry.transport import Transport, shown
 from soci_registry.urls import Place
-from soci_registry.wire import Answer, Body, Request, heads_of, read_bounded, read_exactly
+from soci_registry.wire import Answer, Body, Request, heads_of, read_bounded, read_into
 
 ACCEPT = f"{OCI_MANIFEST}, {OCI_INDEX}, {DOCKER_MANIFEST}, {DOCKER_LIST}"
 
@@ -25,6 +33,7 @@ _MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,12
 # 405 and 501: a server that has no HEAD.
 _HEAD_ANSWERS = frozenset({200, 405, 501})
 _PARTIAL = frozenset({200, 206})
+_BROKEN = frozenset({Kind.SHORT, Kind.STALL})
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +161,8 @@ async def put_manifest(
     return await transport.call(request, read)
 
 
-async def blob_size(transport: Transport, place: Place, digest: Digest) -> int | None:
-    """The blob's size in bytes, or None where there is none: by HEAD, or by a range of one byte where HEAD is mute."""
+async def blob_size(transport: Transport, place: Place, digest: Digest) -> int:
+    """The blob's size in bytes: by HEAD, or by a range of one byte where HEAD is mute. `NotFound` where it is not."""
     url = place.url("blobs", digest)
 
     async def read_length(answer: Answer) -> int | None:
@@ -165,16 +174,13 @@ async def blob_size(transport: Transport, place: Place, digest: Digest) -> int |
         found = parse_content_range(answer.header("content-range"))
         return found.total if found else None
 
-    try:
-        try:
-            size = await transport.call(Request("HEAD", url, place.access(), expect=_HEAD_ANSWERS), read_length)
-        except Unauthorized:  # a store's URL that is signed for GET alone refuses HEAD
-            size = None
-        if size is None:
-            probe = Request("GET", url, place.access(), {"Range": "bytes=0-0"}, expect=_PARTIAL, bulk=True)
-            size = await transport.call(probe, read_total)
-    except NotFound:
-        return None
+    size: int | None = None
+    # A store's URL that is signed for GET alone refuses HEAD.
+    with suppress(Unauthorized):
+        size = await transport.call(Request("HEAD", url, place.access(), expect=_HEAD_ANSWERS), read_length)
+    if size is None:
+        probe = Request("GET", url, place.access(), {"Range": "bytes=0-0"}, expect=_PARTIAL, bulk=True)
+        size = await transport.call(probe, read_total)
     if size is None:
         raise Mismatch(f"blob {digest} of {place.repository}: the registry does not say its size")
     return size
@@ -193,10 +199,20 @@ async def fetch_blob(transport: Transport, place: Place, digest: Digest, limit: 
     return await transport.call(_blob_request(place, digest), read)
 
 
-async def fetch_range(
-    transport: Transport, place: Place, digest: Digest, span: tuple[int, int], deadline: float | None = None
+async def fetch_range(  # noqa: PLR0913  where, what, how long
+    transport: Transport,
+    place: Place,
+    digest: Digest,
+    span: tuple[int, int],
+    *,
+    deadline: float | None = None,
+    kept: list[bytes] | None = None,
 ) -> bytes:
-    """Bytes [start, end) of a blob: exactly those, though not checked against anything."""
+    """Bytes [start, end) of a blob: exactly those, though not checked against anything.
+
+    ``kept`` are the first of them, from earlier calls that broke off; this one begins after them, and adds to them
+    where its own only try breaks off too.
+    """
     settings = transport.settings
     start, end = span
     if not 0 <= start <= end:
@@ -205,10 +221,21 @@ async def fetch_range(
         return b""
     if end - start > settings.range_max:
         raise LimitExceeded(f"a range of {end - start} bytes, limit {settings.range_max} (range_max)")
+    start += sum(map(len, kept or ()))
+    if start == end:  # it broke off after the last byte
+        return b"".join(kept or ())
 
     async def read(answer: Answer) -> bytes:
         skip = skip_for(heads_of(answer), start, end, settings.range_skip_max)
-        return await read_exactly(answer, end - start, skip)
+        parts: list[bytes] = []
+        try:
+            await read_into(parts, answer, end - start, skip)
+        except TryError as error:
+            if kept is not None and error.kind in _BROKEN:
+                kept.extend(parts)
+            raise
+        parts = [*(kept or ()), *parts]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     request = Request(
         "GET",
@@ -223,18 +250,37 @@ async def fetch_range(
     return await transport.call(request, read, retry=settings.range_retry, deadline=limit)
 
 
-async def stream_blob(transport: Transport, place: Place, digest: Digest) -> AsyncGenerator[bytes, None]:
+class Way(Protocol):
+    """How a stream goes on after a failure: the host to ask now, and what a failure there leads to."""
+
+    @property
+    def place(self) -> Place:
+        """Where to ask."""
+
+    async def failed(self, request: Request, error: TryError | SociError) -> None:
+        """Wait, or turn to another host; raises the error for callers where nothing is left to try."""
+
+    def progress(self) -> None:
+        """So much has arrived that the tries are counted anew."""
+
+    def served(self) -> None:
+        """The host gave all that it was asked for."""
+
+    def distrust(self, why: str) -> None:
+        """What came was not the promised content."""
+
+
+async def stream_blob(transport: Transport, way: Way, digest: Digest) -> AsyncGenerator[bytes, None]:
     """A whole blob in chunks; goes on from the last byte after a broken connection; `Mismatch` at the end if wrong.
 
     The bytes are proved only when the iterator ends without an error.
     """
     settings = transport.settings
     state = new_hash(digest)
-    offset, proved, tried = 0, 0, 0
+    offset, proved = 0, 0
     size: int | None = None
     while True:
-        tried += 1
-        request = _blob_request(place, digest, offset)
+        request = _blob_request(way.place, digest, offset)
         try:
             async with transport.open(request) as answer:
                 skip, size = resume_for(heads_of(answer), offset, size)
@@ -246,12 +292,15 @@ async def stream_blob(transport: Transport, place: Place, digest: Digest) -> Asy
                 if size is not None and offset < size:
                     raise TryError(Kind.SHORT, f"{offset} of {size} bytes arrived")
                 break
-        except TryError as error:
+        except (TryError, SociError) as error:
             if offset - proved >= settings.resume_progress:
-                proved, tried = offset, 1
-            await transport.wait(request, error, tried, settings.retry)
+                proved = offset
+                way.progress()
+            await way.failed(request, error)
     if (size is not None and offset != size) or state.hexdigest() != digest.partition(":")[2]:
-        raise Mismatch(f"{shown(_blob_request(place, digest))}: the {offset} bytes are not {digest}")
+        way.distrust(f"{digest} does not match")
+        raise Mismatch(f"{shown(request)}: the {offset} bytes are not {digest}")
+    way.served()
 
 
 async def _after(answer: Answer, skip: int) -> AsyncGenerator[bytes, None]:

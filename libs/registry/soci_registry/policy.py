@@ -34,7 +34,7 @@ class GiveUp:
 
 def decide(retry: Retry, failure: TryError, tried: int, chance: float) -> Wait | GiveUp:
     """What follows the failed try number ``tried`` (from 1). ``chance`` is a random number in [0, 1)."""
-    if not _repeatable(failure):
+    if not is_repeatable(failure):
         return GiveUp()
     allowed = min(retry.tries, retry.bad_answer_tries) if failure.kind in _BAD else retry.tries
     if tried >= allowed:
@@ -51,7 +51,8 @@ def wait_of(retry: Retry, tried: int, retry_after: float | None) -> float:
     return max(grown, min(retry_after, retry.retry_after_max))
 
 
-def _repeatable(failure: TryError) -> bool:
+def is_repeatable(failure: TryError) -> bool:
+    """Whether another try at the same host can end better."""
     if failure.kind is Kind.STATUS:
         return failure.status in _PASSING or (failure.status >= 500 and failure.status != 501)
     return failure.kind in _TRANSIENT or failure.kind in _BAD

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from soci.digest import Digest
-from soci.errors import Mismatch
+from soci.errors import Mismatch, NotFound
 from soci_registry.failure import Kind, TryError
 from soci_registry.fetch import blob_size, matches
 from soci_registry.transport import Transport
@@ -42,7 +43,8 @@ async def push_file(transport: Transport, place: Place, path: Path, digest: Dige
 
 
 async def _push(transport: Transport, place: Place, body: Body, digest: Digest) -> bool:
-    if await blob_size(transport, place, digest) is not None:
+    with suppress(NotFound):
+        await blob_size(transport, place, digest)
         return False
 
     async def read_location(answer: Answer) -> str:

@@ -35,7 +35,8 @@ async def referrers(transport: Transport, place: Place, digest: Digest, artifact
 
     The registry's filter is used and never trusted. Nothing found is an empty list.
     """
-    url = place.url("referrers", digest) + f"?artifactType={quote(artifact_type, safe='')}"
+    url = place.url("referrers", digest)
+    url += f"{'&' if '?' in url else '?'}artifactType={quote(artifact_type, safe='')}"
     found: list[Descriptor] = []
     for _ in range(PAGES_MAX):
         page = await _page(transport, place, url)

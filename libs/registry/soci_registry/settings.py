@@ -75,6 +75,13 @@ class RegistrySettings:
     resume_progress: int = 1 * MIB
     """A whole-blob stream that got this much further has earned all its tries again."""
 
+    login_seconds: float = 86400.0
+    """How long a login is used for a registry that takes it with each request, before its source is asked again."""
+
+    mirror_aside_min: float = 5.0
+    mirror_aside_max: float = 600.0
+    """How long a host that failed is left aside: at first, and at most; it doubles with each failure in between."""
+
     connections_per_host: int = 16
     redirects: int = 10
     remembered_targets: int = 4096

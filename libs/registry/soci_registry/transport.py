@@ -8,6 +8,7 @@ tries by `policy.decide`. Authorization goes to the registry's own origin and to
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 import re
 from collections import OrderedDict
@@ -58,13 +59,18 @@ class _Walk:
 class Transport:
     """All requests of a process go through here; it owns no connection itself."""
 
-    def __init__(self, *, small: Wire, bulk: Wire, authorizer: Authorizer, settings: RegistrySettings) -> None:
-        self._small = small
-        self._bulk = bulk
+    def __init__(self, *, wire: Wire, authorizer: Authorizer, settings: RegistrySettings) -> None:
+        self._wire = wire
         self._authorizer = authorizer
         self.settings = settings
         self._gates = Gates(settings.connections_per_host)
         self._targets: OrderedDict[tuple[str, str], str] = OrderedDict()
+
+    def with_settings(self, settings: RegistrySettings) -> Transport:
+        """The same transport, its connections, tokens and limits a host shared, with other tries and times."""
+        other = copy.copy(self)
+        other.settings = settings
+        return other
 
     async def call(
         self,
@@ -104,11 +110,16 @@ class Transport:
         """Wait for the next try after ``failure``, or raise the error for callers where there is none."""
         # The dice need no secrecy: jitter only keeps clients from marching in step.
         verdict = decide(retry, failure, tried, random.random())  # noqa: S311
+        if isinstance(verdict, GiveUp) or failure.kind is Kind.CONNECT or tried % TARGET_TRIES == 0:
+            self.forget_target(request)
         if isinstance(verdict, GiveUp):
             raise final_error(failure, shown(request), tried) from failure
-        if request.remember and (failure.kind is Kind.CONNECT or tried % TARGET_TRIES == 0):
-            self._targets.pop(request.remember, None)  # perhaps only the remembered host is away
         await asyncio.sleep(verdict.seconds)
+
+    def forget_target(self, request: Request) -> None:
+        """Ask the registry for a new redirect target at the next try: perhaps only the remembered host is away."""
+        if request.remember:
+            self._targets.pop(request.remember, None)
 
     @asynccontextmanager
     async def open(self, request: Request) -> AsyncIterator[Answer]:
@@ -116,7 +127,6 @@ class Transport:
         remembered = self._targets.get(request.remember) if request.remember else None
         walk = _Walk(remembered or request.url, remembered is not None)
         home = request.access.origin
-        wire = self._bulk if request.bulk else self._small
         while True:
             origin = origin_of(walk.url)
             async with AsyncExitStack() as stack:
@@ -124,7 +134,7 @@ class Transport:
                 if origin == home:
                     walk.authorization = await self._authorizer.header(request.access)
                 authorization = walk.authorization if origin == home else None
-                answer = await stack.enter_async_context(wire.send(request, walk.url, authorization))
+                answer = await stack.enter_async_context(self._wire.send(request, walk.url, authorization))
                 if answer.status in request.expect:
                     self._keep_target(request, walk)
                     yield answer

@@ -7,12 +7,13 @@ import ipaddress
 import re
 import socket
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from urllib.parse import urljoin, urlsplit
 
 from soci.errors import InvalidReference
 from soci_registry.failure import Kind, TryError
+from soci_registry.manner import Manner
 
 DOCKER_HUB = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
 URL_LENGTH_MAX = 16 * 1024
@@ -44,23 +45,33 @@ class Access:
     registry: str
     origin: Origin
     scope: str
+    repository: str = ""
+    manner: Manner | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One repository at one registry."""
+    """One repository at one host: the registry itself, or a mirror of it.
+
+    ``registry`` is the name under which the host's logins are looked for, ``base`` is scheme and authority. ``query``
+    (``?ns=…``) tells a mirror of many registries which one is meant, as containerd does.
+    """
 
     registry: str
     base: str
     repository: str
+    path: str = "/v2"
+    query: str = ""
+    manner: Manner | None = None
 
     def url(self, kind: str, reference: str) -> str:
-        """``<base>/v2/<repository>/<kind>/<reference>``."""
-        return f"{self.base}/v2/{self.repository}/{kind}/{reference}"
+        """``<base><path>/<repository>/<kind>/<reference><query>``."""
+        return f"{self.base}{self.path}/{self.repository}/{kind}/{reference}{self.query}"
 
     def access(self, actions: str = "pull") -> Access:
         """What a token for ``actions`` here is asked for."""
-        return Access(self.registry, origin_of(self.base), f"repository:{self.repository}:{actions}")
+        scope = f"repository:{self.repository}:{actions}"
+        return Access(self.registry, origin_of(self.base), scope, self.repository, self.manner)
 
 
 def place_of(registry: str, repository: str, plain_http: Collection[str] = ()) -> Place:

@@ -74,6 +74,19 @@ class Wire(Protocol):
         """Send ``request`` to ``url``; the answer's headers are there on entry. Failures are `TryError`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Wires:
+    """Both wires as one. A host with manners of its own goes over the bulk one: it takes TLS and times a request."""
+
+    small: Wire
+    bulk: Wire
+
+    def send(self, request: Request, url: str, authorization: str | None) -> AbstractAsyncContextManager[Answer]:
+        """Send over the wire that is made for ``request``."""
+        bulk = request.bulk or request.access.manner is not None
+        return (self.bulk if bulk else self.small).send(request, url, authorization)
+
+
 def tls_context(settings: RegistrySettings) -> ssl.SSLContext:
     """The trust of both wires."""
     try:
@@ -135,10 +148,12 @@ async def read_bounded(answer: Answer, limit: int, what: str) -> bytes:
     return b"".join(parts)
 
 
-async def read_exactly(answer: Answer, length: int, skip: int) -> bytes:
-    """``length`` bytes after the first ``skip``. More bytes than that are an error unless the blob was sent whole."""
+async def read_into(parts: list[bytes], answer: Answer, length: int, skip: int) -> None:
+    """Append the ``length`` bytes after the first ``skip``; what came before an error stays in ``parts``.
+
+    More bytes than that are an error unless the blob was sent whole.
+    """
     whole = skip > 0 or answer.status == 200
-    parts: list[bytes] = []
     missing = length
     async for chunk in answer.chunks():
         data = chunk
@@ -159,7 +174,6 @@ async def read_exactly(answer: Answer, length: int, skip: int) -> bytes:
             break
     if missing:
         raise TryError(Kind.SHORT, f"{length - missing} of {length} bytes arrived")
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 async def read_head(answer: Answer, limit: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import socket
 import ssl
 import urllib.request
@@ -17,8 +18,9 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from soci_registry.failure import Kind, TryError
+from soci_registry.manner import PLAIN, Trust, context_of, headers_for
 from soci_registry.settings import RegistrySettings
-from soci_registry.urls import URL_LENGTH_MAX, is_link_local, is_loopback
+from soci_registry.urls import URL_LENGTH_MAX, is_link_local, is_loopback, origin_of
 from soci_registry.wire import Request, certificate_refused, describe, safe_cause
 
 READ_BUFFER_BYTES = 1024 * 1024
@@ -108,27 +110,37 @@ class AiohttpWire:
             return None
         return proxy
 
+    async def _context(self, trust: Trust | None, *, home: bool) -> ssl.SSLContext | bool:
+        """The TLS context for a request: True is the session's own."""
+        if trust is None:
+            return True
+        wanted = trust if home else trust.away()
+        return await asyncio.to_thread(context_of, wanted, self._settings.ca_file)
+
     @asynccontextmanager
     async def send(self, request: Request, url: str, authorization: str | None) -> AsyncIterator[AiohttpAnswer]:
         """Send ``request`` to ``url``; a try takes ``total_timeout`` at most unless the request is endless."""
         if self._session is None:
             raise RuntimeError("the wire is not open")
         settings = self._settings
-        headers = dict(request.headers)
-        if authorization is not None:
-            headers["Authorization"] = authorization
+        manner = request.access.manner or PLAIN
+        home = origin_of(url) == request.access.origin
+        headers = headers_for(manner, request.headers, authorization, home=home)
+        tls = await self._context(manner.trust, home=home)
+        connect = manner.connect_timeout or settings.connect_timeout
+        total = settings.total_timeout if manner.total_timeout is None else manner.total_timeout
         data: io.BytesIO | AsyncIterator[bytes] | None = None
         if request.body is not None:
             source = request.body.source
             data = io.BytesIO(source) if isinstance(source, bytes) else source()  # in pieces, not in one write
             headers["Content-Length"] = str(request.body.size)
         timeout = aiohttp.ClientTimeout(
-            total=None if request.endless else settings.total_timeout,
-            sock_connect=settings.connect_timeout,
+            total=None if request.endless or math.isinf(total) else total,
+            sock_connect=connect,
             sock_read=settings.stall_timeout,
         )
         # With a body to send, headers may be long in coming; the silence of the socket is watched all the same.
-        first = None if request.body else settings.connect_timeout + settings.header_timeout
+        first = None if request.body else connect + settings.header_timeout
         try:
             # As it stands: a signature covers the URL's exact spelling.
             target = URL(url, encoded=True)
@@ -141,6 +153,7 @@ class AiohttpWire:
                     timeout=timeout,
                     allow_redirects=False,
                     proxy=self._proxy_for(target),
+                    ssl=tls,
                 )
         except aiohttp.InvalidURL:
             raise TryError(Kind.MALFORMED, "not a URL") from None

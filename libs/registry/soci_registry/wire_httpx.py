@@ -23,7 +23,7 @@ from soci_registry.wire import Request, certificate_refused, describe, safe_caus
 # httpx logs each URL with its query at INFO: tokens and signatures would reach the log of the whole process.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
-_LOOPBACK = ("all://localhost", "all://127.0.0.1", "all://[::1]")
+LOOPBACK = ("all://localhost", "all://127.0.0.1", "all://[::1]")
 _KEPT_CONNECTIONS = 32
 
 
@@ -79,7 +79,7 @@ class HttpxWire:
             transport=self._transport,
             verify=self._tls,
             trust_env=settings.use_environment_proxies and self._transport is None,
-            mounts=None if self._transport else dict.fromkeys(_LOOPBACK),
+            mounts=None if self._transport else dict.fromkeys(LOOPBACK),
             timeout=timeout,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS),
             follow_redirects=False,

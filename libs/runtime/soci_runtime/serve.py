@@ -8,19 +8,24 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from soci.errors import SociError
-from soci_runtime.config import Config, load_config
+from soci_runtime.config import Config, Loaded, load
+from soci_runtime.config_text import default_text, dump_text
+from soci_runtime.kinds import LEVEL_NAMES, LEVELS
 from soci_runtime.logs import configure_logs, log
 from soci_runtime.tracing import configure_tracing, stop_tracing
 
 NOTIFY_TIMEOUT = 1.0
 """Seconds that systemd's socket may hold us up."""
+WATCHDOG_LEAST = 0.1
+"""Seconds between signs of life, however often systemd wants them."""
 
 
 class Process:
@@ -61,12 +66,44 @@ def notify(state: str) -> None:
             log.warning("systemd was not told", state=state, error=error)
 
 
+def watchdog_interval(environment: Mapping[str, str], pid: int) -> float | None:
+    """Seconds between signs of life for systemd (sd_watchdog_enabled(3)): half of what it waits. None: it does not."""
+    microseconds = environment.get("WATCHDOG_USEC", "")
+    if environment.get("WATCHDOG_PID", str(pid)) != str(pid) or not microseconds.isascii():
+        return None
+    if not microseconds.isdecimal() or not int(microseconds[:19]):
+        return None
+    return max(int(microseconds[:19]) / 2_000_000, WATCHDOG_LEAST)
+
+
+@asynccontextmanager
+async def _watched() -> AsyncIterator[None]:
+    """Tell systemd's watchdog that this event loop turns while the block runs."""
+    interval = watchdog_interval(os.environ, os.getpid())
+    if interval is None:
+        yield
+        return
+
+    async def live() -> None:
+        while True:
+            notify("WATCHDOG=1")
+            await asyncio.sleep(interval)
+
+    living = asyncio.create_task(live())
+    try:
+        yield
+    finally:
+        living.cancel()
+        await asyncio.wait([living])
+
+
 async def _run(config: Config, service: Service) -> None:
     process = Process()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, process.stop, number)
-    await service(config, process)
+    async with _watched():
+        await service(config, process)
 
 
 def trouble(what: str, error: BaseException | None) -> None:
@@ -75,13 +112,16 @@ def trouble(what: str, error: BaseException | None) -> None:
     log.warning(what, error=error, **({} if error is None or foreign else {"exc_info": error}))
 
 
-def serve(name: str, config: Config, service: Service) -> int:
+def serve(name: str, loaded: Loaded | Config, service: Service) -> int:
     """Run ``service`` until it returns; the exit status is 0, or 1 after an error, which is one line in the log.
 
     What we or the machine refuse is told by its text alone, a defect with its traceback in the same line.
     """
+    loaded = Loaded(loaded) if isinstance(loaded, Config) else loaded
+    config = loaded.config
     configure_logs(config.log_level, name)
     try:
+        _tell(loaded)
         configure_tracing(name, config.node)
         with asyncio.Runner(loop_factory=_loop) as runner:
             runner.run(_run(config, service))
@@ -95,6 +135,14 @@ def serve(name: str, config: Config, service: Service) -> int:
     finally:
         stop_tracing()
     return 0
+
+
+def _tell(loaded: Loaded) -> None:
+    """What is to be said of the configuration file, once."""
+    if loaded.unknown:
+        log.warning("the configuration has keys that nobody knows", file=loaded.file, keys=list(loaded.unknown))
+    for key, why in loaded.without_effect:
+        log.info("a setting has no effect here", file=loaded.file, key=key, why=why)
 
 
 def _plain(error: BaseException) -> SociError | OSError | None:
@@ -114,24 +162,48 @@ def _loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def service_command(name: str, service: Service, *, address: bool = False) -> click.Command:
+def service_command(name: str, service: Service, *, address: bool = False) -> click.Group:
     """The command line of a service: the flags that all have, and what they set."""
 
-    @click.command(name, context_settings={"help_option_names": ["-h", "--help"]})
+    @click.group(name, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
     @click.option("--config", "file", type=click.Path(path_type=Path), help="configuration file (TOML)")
+    @click.option("--strict", is_flag=True, help="refuse a configuration file with unknown keys")
     @click.option("--root", type=click.Path(path_type=Path), help="folder of all state")
     @click.option("--nats-url", help="NATS server, e.g. nats://127.0.0.1:4222")
     @click.option("--node", help="this node's name on the bus; default: the host's name")
-    @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
+    @click.option("--log-level", type=click.Choice([*LEVELS, *LEVEL_NAMES]))
     @click.version_option(package_name="sociable", message=f"{name} %(version)s")
-    def command(file: Path | None, **flags: Any) -> None:
+    @click.pass_context
+    def command(context: click.Context, /, file: Path | None, *, strict: bool, **flags: Any) -> None:
         try:
-            config = load_config(file, flags)
+            loaded = load(file, flags, strict=strict)
         except SociError as error:
             click.echo(f"{name}: {error}", err=True)
             sys.exit(1)
-        sys.exit(serve(name, config, service))
+        if context.invoked_subcommand is None:
+            sys.exit(serve(name, loaded, service))
+        context.obj = loaded
 
     if address:
-        command.params.append(click.Option(["--address"], help="socket on which containerd finds us"))
+        command.params.append(click.Option(["--address"], help="socket on which containerd finds us; fd://: systemd's"))
+    command.add_command(_config_command())
     return command
+
+
+def _config_command() -> click.Group:
+    @click.group("config")
+    def group() -> None:
+        """Print the configuration file."""
+
+    @group.command("default")
+    def default() -> None:
+        """Every setting with its default and its meaning."""
+        click.echo(default_text(), nl=False)
+
+    @group.command("dump")
+    @click.pass_obj
+    def dump(loaded: Loaded) -> None:
+        """What holds now, and who set it: default, file and key, variable or flag."""
+        click.echo(dump_text(loaded), nl=False)
+
+    return group

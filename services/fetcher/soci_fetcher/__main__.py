@@ -6,11 +6,13 @@ from __future__ import annotations
 from soci_bus.asks import FetchLayer, FetchSpans, FindIndex, PrepareLayer, ReadImageConfig
 from soci_bus.nats import connect
 from soci_cache import LayerStore
+from soci_fetcher.access import BusQuestion, host_book, logins, registry_settings, tell
 from soci_fetcher.finder import Finder
 from soci_fetcher.flights import Flights
 from soci_fetcher.layers import LayerFetcher
+from soci_fetcher.links import Links
 from soci_fetcher.spans import SpanFetcher
-from soci_registry import DockerConfig, Registry, RegistrySettings
+from soci_registry import Registry
 from soci_runtime.config import Config
 from soci_runtime.serve import Process, service_command, trouble
 
@@ -20,16 +22,30 @@ QUEUE = "fetchers"
 
 async def run(config: Config, process: Process) -> None:
     """Serve until told to stop; on the way out nothing new is taken and what was taken is finished."""
-    settings = RegistrySettings(plain_http=frozenset(config.plain_http))
+    question = BusQuestion()
     async with (
-        Registry(settings=settings, credentials=DockerConfig()) as registry,
+        logins(config, question) as credentials,
+        Registry(
+            settings=registry_settings(config), credentials=credentials, hosts=host_book(config), tell=tell
+        ) as registry,
         Flights() as flights,
         connect(config.nats_url, node=config.node, name="soci-fetcher", trouble=trouble) as bus,
     ):
+        question.bus = bus
         store = LayerStore(config.cache)
-        spans = SpanFetcher(store, registry, bus.publish, flights, attempts=config.span_attempts)
-        layers = LayerFetcher(store, registry, bus.publish, config.cache / "whole")
-        finder = Finder(registry, flights, v1=config.soci_v1, v2=config.soci_v2, failure_ttl=config.index_failure_ttl)
+        links = Links()
+        spans = SpanFetcher(store, registry, bus.publish, flights, attempts=config.span_attempts, links=links)
+        layers = LayerFetcher(
+            store,
+            registry,
+            bus.publish,
+            config.cache / "whole",
+            download_chunk=config.download_chunk,
+            max_downloads=config.max_downloads,
+            max_downloads_per_image=config.max_downloads_per_image,
+        )
+        ttl = config.index_failure_ttl
+        finder = Finder(registry, flights, v1=config.soci_v1, v2=config.soci_v2, failure_ttl=ttl, links=links)
         await bus.serve(FindIndex, finder.find, queue=QUEUE)
         await bus.serve(PrepareLayer, layers.prepare, queue=QUEUE)
         await bus.serve(FetchSpans, spans.fetch, queue=QUEUE)

@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from soci.digest import Digest
 from soci.errors import LimitExceeded, NoIndex
@@ -16,6 +16,7 @@ from soci_bus.asks import FindIndex, IndexFound
 from soci_bus.face import Context
 from soci_fetcher.discovery import find_index
 from soci_fetcher.flights import Flights, join
+from soci_fetcher.links import Links
 from soci_registry import Registry
 from soci_runtime.tracing import step
 
@@ -46,12 +47,14 @@ class Finder:
         v1: bool,
         v2: bool,
         failure_ttl: float,
+        links: Links | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
         self._flights = flights
         self._v1, self._v2 = v1, v2
         self._failure_ttl = failure_ttl
+        self._links = links or Links()
         self._clock = clock
         self._known: OrderedDict[Key, _Known] = OrderedDict()
         self._under_way: dict[Key, asyncio.Future[IndexFound]] = {}
@@ -62,7 +65,7 @@ class Finder:
         known = self._known.get(key)
         if known and known.until > self._clock():
             self._known.move_to_end(key)
-            return await join(known.answer)
+            return self._with_link(ask, await join(known.answer))
         answer = self._under_way.get(key)
         if answer is None:
             if len(self._under_way) >= UNDER_WAY:
@@ -70,7 +73,11 @@ class Finder:
             answer = self._flights.start(f"{ask.image}: the index look-up", self._look_up(ask, context.trace))
             self._under_way[key] = answer
             answer.add_done_callback(lambda done: self._remember(key, done))
-        return await join(answer)
+        return self._with_link(ask, await join(answer))
+
+    def _with_link(self, ask: FindIndex, found: IndexFound) -> IndexFound:
+        speed, round_trip = self._links.seen(self._registry.repository(ask.image).place.registry)
+        return replace(found, bytes_per_second=speed, round_trip=round_trip)
 
     async def _look_up(self, ask: FindIndex, trace: TraceParent | None) -> IndexFound:
         with step("find-index", trace, image=ask.image):

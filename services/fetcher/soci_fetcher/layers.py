@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import aclosing, suppress
-from io import RawIOBase
+from contextlib import suppress
 from pathlib import Path
 
 from soci.digest import Digest, hex_of
-from soci.errors import InvalidManifest, InvalidZtoc, LimitExceeded, Mismatch, NotFound, SociError, Unavailable
+from soci.errors import (
+    InvalidInput,
+    InvalidManifest,
+    InvalidZtoc,
+    LimitExceeded,
+    Mismatch,
+    NotFound,
+    SociError,
+    Unavailable,
+)
 from soci.oci import Manifest, parse_config, parse_manifest
 from soci.toc import Ztoc
 from soci.ztoc import parse_ztoc
@@ -21,14 +28,14 @@ from soci_bus.asks import FetchLayer, ImageConfig, LayerFetched, LayerPrepared, 
 from soci_bus.events import NO_LAUNCH, Event, FetchFailed, LayerArrived
 from soci_bus.face import Context
 from soci_cache import LayerStore
+from soci_cache.arriving import announce, beside, forget
 from soci_cache.store import ZTOC_LIMIT
 from soci_fetcher.flights import in_thread
+from soci_fetcher.whole import Permits, WholeBlobs
 from soci_registry import Registry
 
 CONFIG_LIMIT = 8 << 20
 """Bytes of an image's config blob."""
-CONCURRENT_LAYERS = 3
-"""Whole layers that come at a time."""
 WHOLE_STALE = 3600.0
 """Seconds after which a whole layer's file that nobody took is deleted."""
 
@@ -36,12 +43,24 @@ WHOLE_STALE = 3600.0
 class LayerFetcher:
     """Answers `PrepareLayer`, `FetchLayer` and `ReadImageConfig`. One a process."""
 
-    def __init__(self, store: LayerStore, registry: Registry, publish: Callable[[Event], None], scratch: Path) -> None:
+    def __init__(  # noqa: PLR0913  its ways out, and the limits of whole layers
+        self,
+        store: LayerStore,
+        registry: Registry,
+        publish: Callable[[Event], None],
+        scratch: Path,
+        *,
+        download_chunk: int = 0,
+        max_downloads: int = -1,
+        max_downloads_per_image: int = 3,
+    ) -> None:
+        """``scratch`` is where layers go whose asker names no file. Sizes are bytes; see `soci_fetcher.whole`."""
         self._store = store
         self._registry = registry
         self._publish = publish
         self._scratch = scratch
-        self._permits = asyncio.Semaphore(CONCURRENT_LAYERS)
+        permits = Permits(max_downloads, max_downloads_per_image)
+        self._whole = WholeBlobs(registry, permits, chunk=download_chunk)
 
     async def prepare(self, ask: PrepareLayer, _context: Context) -> LayerPrepared:
         """The zTOC is in the cache, checked against digest and layer; from the cache alone where it is here."""
@@ -64,38 +83,40 @@ class LayerFetcher:
             return LayerPrepared(str(reader.directory), reader.spans.count, reader.present_count())
 
     async def fetch(self, ask: FetchLayer, context: Context) -> LayerFetched:
-        """The blob as a file of this node; the registry client checks its digest before the end is reached."""
+        """The blob as a file of this node, complete and of its digest."""
         launch = context.trace.launch if context.trace else NO_LAUNCH
         begun = time.monotonic()
         try:
-            async with self._permits:
-                path, size = await self._whole(ask)
+            path, size = await (self._into(ask, Path(ask.path)) if ask.path else self._into_scratch(ask))
         except SociError as error:
             self._publish(FetchFailed(launch, ask.layer, "the whole layer", str(error)))
             raise
         self._publish(LayerArrived(launch, ask.layer, size, time.monotonic() - begun))
         return LayerFetched(str(path), size)
 
-    async def _whole(self, ask: FetchLayer) -> tuple[Path, int]:
-        stream = self._registry.repository(ask.image).blob_stream(ask.layer)
-        path = self._scratch / f"{hex_of(ask.layer)}.{secrets.token_hex(4)}"
-        size = 0
+    async def _into(self, ask: FetchLayer, path: Path) -> tuple[Path, int]:
+        if not path.is_absolute() or ".." in path.parts:
+            raise InvalidInput(f"not a file for a layer: {ask.path[:200]!r}")
         try:
-            async with aclosing(stream) as chunks:
-                await in_thread(self._make_scratch)
-                with path.open("xb", buffering=0) as file:
-                    async for chunk in chunks:
-                        size += len(chunk)
-                        await in_thread(_write_all, file, chunk)
+            return path, await self._whole.bring(ask.image, ask.layer, ask.size, path)
         except OSError as error:
-            path.unlink(missing_ok=True)
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                raise LimitExceeded(f"the disk of the span cache is full: {path.parent}") from error
-            raise Unavailable(f"the span cache takes no whole layer: {error}") from error
+                raise LimitExceeded(f"the disk for whole layers is full: {path.parent}") from error
+            raise Unavailable(f"{path.parent} takes no whole layer: {error}") from error
+
+    async def _into_scratch(self, ask: FetchLayer) -> tuple[Path, int]:
+        path = self._scratch / f"{hex_of(ask.layer)}.{secrets.token_hex(4)}"
+        try:
+            await in_thread(self._make_scratch)
+            await in_thread(announce, path)
+            found = await self._into(ask, path)
+            await in_thread(beside(path).unlink)
+        except OSError as error:
+            raise Unavailable(f"{self._scratch} takes no whole layer: {error}") from error
         except BaseException:
-            path.unlink(missing_ok=True)
+            forget(path)
             raise
-        return path, size
+        return found
 
     def _make_scratch(self) -> None:
         self._scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -116,13 +137,8 @@ class LayerFetcher:
                 f"{ask.image}: {len(manifest.layers)} layers, but the config lists {len(config.diff_ids)} diff_ids"
             )
         digests: tuple[Digest, ...] = tuple(layer.digest for layer in manifest.layers)
-        return ImageConfig(digests, tuple(layer.media_type for layer in manifest.layers), config.diff_ids)
-
-
-def _write_all(file: RawIOBase, chunk: bytes) -> None:
-    view = memoryview(chunk)
-    while view:
-        view = view[file.write(view) or 0 :]
+        media_types = tuple(layer.media_type for layer in manifest.layers)
+        return ImageConfig(digests, media_types, config.diff_ids, tuple(layer.size for layer in manifest.layers))
 
 
 def _check_size(ztoc: Ztoc, ask: PrepareLayer) -> None:

@@ -22,6 +22,7 @@ from soci_cache import LayerStore, LayerWriter
 from soci_fetcher.flights import Flights, in_thread, join
 from soci_fetcher.large import bring as bring_large
 from soci_fetcher.large import decompressed, is_large, seconds_of
+from soci_fetcher.links import Links
 from soci_fetcher.runs import RUN_BYTES, cut, runs
 from soci_registry import Registry
 from soci_runtime.tracing import step
@@ -43,7 +44,7 @@ Run = asyncio.Future[int]  # compressed bytes moved
 class SpanFetcher:
     """Answers `FetchSpans`. One a process."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  its ways out
         self,
         store: LayerStore,
         registry: Registry,
@@ -51,8 +52,10 @@ class SpanFetcher:
         flights: Flights,
         *,
         attempts: int,
+        links: Links | None = None,
     ) -> None:
         self._store = store
+        self._links = links or Links()
         self._registry = registry
         self._publish = publish
         self._group = flights
@@ -132,7 +135,9 @@ class SpanFetcher:
         moved = 0
         piece = run
         for attempt in range(1, self._attempts + 1):
-            content = await repository.blob_range(ask.layer, *_extent(writer, piece))
+            with self._links.request(repository.place.registry) as request:
+                content = await repository.blob_range(ask.layer, *_extent(writer, piece))
+                request.size = len(content)
             moved += len(content)
             wrong = await in_thread(_check_and_fill, writer, piece, content)
             for span in wrong:

@@ -16,11 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from soci.idmap import IdMap
 from soci.tree import LayerTree, Node
 from soci_mounter import numbers
 
 BLOCK = 4096
 OPAQUE = b"trusted.overlay.opaque"
+USER_OPAQUE = b"user.overlay.opaque"
+"""What marks an opaque directory: the second where overlayfs is mounted with ``userxattr``, as user namespaces need."""
 OPAQUE_YES = b"y"
 ROOT_MODE = stat.S_IFDIR | 0o711
 NAME_MAX = 255
@@ -53,6 +56,22 @@ class Inherited:
     xattrs: Mapping[bytes, bytes] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How one mount shows its layer: owners as a user namespace has them, and the mark of opaque directories.
+
+    Two mounts of one layer in different manners share everything but their inodes, and with these the kernel's own
+    pages: an inode has one owner.
+    """
+
+    uids: IdMap | None = None
+    gids: IdMap | None = None
+    opaque: bytes = OPAQUE
+
+
+PLAIN = Manner()
+
+
 class Handle(Protocol):
     """One open file."""
 
@@ -78,6 +97,7 @@ class Shown:
     tree: LayerTree
     content: Content
     inherited: Mapping[int, Inherited]
+    manner: Manner
 
 
 class FileSystem:
@@ -95,13 +115,20 @@ class FileSystem:
 
     # --- what is shown ---
 
-    def show(self, name: str, tree: LayerTree, content: Content, inherited: Mapping[int, Inherited]) -> int:
+    def show(
+        self,
+        name: str,
+        tree: LayerTree,
+        content: Content,
+        inherited: Mapping[int, Inherited],
+        manner: Manner = PLAIN,
+    ) -> int:
         """Add a directory to the root and return its slot. The name must not be shown already."""
         key = os.fsencode(name)
         if key in self._names:
             raise FileExistsError(errno.EEXIST, f"mount {name!r} is shown already")
         slot = self._slots.take()
-        self._shown[slot] = Shown(slot, name, tree, content, dict(inherited))
+        self._shown[slot] = Shown(slot, name, tree, content, dict(inherited), manner)
         self._names[key] = slot
         return slot
 
@@ -178,7 +205,7 @@ class FileSystem:
         """One extended attribute; ENODATA where it is not set."""
         if ino != numbers.ROOT:
             shown, node_id = self._find(ino)
-            if name == OPAQUE:
+            if name == shown.manner.opaque:
                 if shown.tree.node(node_id).opaque:
                     return OPAQUE_YES
             elif (value := self._xattrs(shown, node_id).get(name)) is not None:
@@ -190,7 +217,7 @@ class FileSystem:
         if ino == numbers.ROOT:
             return []
         shown, node_id = self._find(ino)
-        opaque = [OPAQUE] if shown.tree.node(node_id).opaque else []
+        opaque = [shown.manner.opaque] if shown.tree.node(node_id).opaque else []
         return [*opaque, *self._xattrs(shown, node_id)]
 
     # --- content ---
@@ -254,4 +281,9 @@ class FileSystem:
             mtime_ns = 0
         if stat.S_ISLNK(mode):
             mode |= 0o777  # Linux knows no other mode of a link, whatever its tar says
+        manner = shown.manner
+        if manner.uids is not None:
+            uid = manner.uids.host(uid)
+        if manner.gids is not None:
+            gid = manner.gids.host(gid)
         return Attributes(ino, mode, node.nlink, uid, gid, node.rdev, node.size, mtime_ns)

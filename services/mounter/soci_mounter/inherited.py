@@ -18,11 +18,13 @@ from soci.tree import LayerTree
 from soci_mounter.filesystem import OPAQUE, OPAQUE_YES, Inherited
 
 # What overlayfs keeps of its own on a lower directory says nothing of ours, and it would obey some of it.
-PRIVATE = b"trusted."
+PRIVATE = (b"trusted.", b"user.overlay.")
 
 
-def inherit(tree: LayerTree, lower: Sequence[str]) -> dict[int, Inherited]:
+def inherit(tree: LayerTree, lower: Sequence[str], opaque: bytes = OPAQUE) -> dict[int, Inherited]:
     """Node id → attributes, for the implied directories of ``tree`` that ``lower`` (nearest first) has.
+
+    ``opaque`` is the extended attribute by which lower directories say that they hide what is below them.
 
     Blocks: lower directories may be on the very FUSE mount that waits for the answer, so it must run in a thread.
     Raises `Unavailable` where a lower directory cannot be read.
@@ -31,7 +33,7 @@ def inherit(tree: LayerTree, lower: Sequence[str]) -> dict[int, Inherited]:
     places = [os.fsencode(directory) for directory in lower]
     for node_id in tree.implied():
         try:
-            inherited = _find(places, tree.path(node_id))
+            inherited = _find(places, tree.path(node_id), opaque)
         except OSError as error:
             raise Unavailable(f"a layer below cannot be read: {error}") from error
         if inherited is not None:
@@ -39,7 +41,7 @@ def inherit(tree: LayerTree, lower: Sequence[str]) -> dict[int, Inherited]:
     return found
 
 
-def _find(places: Sequence[bytes], path: bytes) -> Inherited | None:
+def _find(places: Sequence[bytes], path: bytes, mark: bytes) -> Inherited | None:
     parts = path.split(b"/") if path else []
     for place in places:
         here = place
@@ -50,7 +52,7 @@ def _find(places: Sequence[bytes], path: bytes) -> Inherited | None:
                 return None  # a whiteout, or another file: it hides the rest
             if part is None:
                 return _of_root(seen) if depth == 0 else _of(here, seen)
-            opaque = opaque or _is_opaque(here)
+            opaque = opaque or _is_opaque(here, mark)
             here += b"/" + part
             try:
                 seen = os.lstat(here)
@@ -75,7 +77,7 @@ def _xattrs(path: bytes) -> Mapping[bytes, bytes]:
     return {name: os.getxattr(path, name, follow_symlinks=False) for name in names if not name.startswith(PRIVATE)}
 
 
-def _is_opaque(path: bytes) -> bool:
+def _is_opaque(path: bytes, mark: bytes) -> bool:
     with suppress(OSError):
-        return os.getxattr(path, OPAQUE, follow_symlinks=False) == OPAQUE_YES
+        return os.getxattr(path, mark, follow_symlinks=False) == OPAQUE_YES
     return False

@@ -24,7 +24,7 @@ from soci_mounter.flights import Want
 from soci_mounter.headers import Headers
 from soci_mounter.inherited import inherit
 from soci_mounter.reader import LayerContent, Seams
-from soci_mounter.records import Record, Records, check_ask
+from soci_mounter.records import Record, Records, check_ask, manner_of
 
 Result = TypeVar("Result")
 AskSpans = Callable[[FetchSpans, float, TraceParent | None], Awaitable[object]]
@@ -153,7 +153,7 @@ class Mounts:
                 began = monotonic()
                 layer = await self._open(ask)
                 try:
-                    taken = await asyncio.to_thread(inherit, layer.tree, ask.lower)
+                    taken = await asyncio.to_thread(inherit, layer.tree, ask.lower, manner_of(ask).opaque)
                     self._sequence += 1
                     by_path = {layer.tree.path(node): attributes for node, attributes in taken.items()}
                     record = Record(ask, self._sequence, by_path)
@@ -184,7 +184,7 @@ class Mounts:
         taken = {
             node: record.inherited[path] for node in tree.implied() if (path := tree.path(node)) in record.inherited
         }
-        self._filesystem.show(record.ask.mount, tree, layer.content, taken)
+        self._filesystem.show(record.ask.mount, tree, layer.content, taken, manner_of(record.ask))
         self._records[record.ask.mount] = record
 
     async def _open(self, ask: MountLayer) -> _Layer:

@@ -17,10 +17,14 @@ from typing import Any
 
 from soci.digest import parse_digest
 from soci.errors import InvalidInput, LimitExceeded, SociError, Unavailable
+from soci.idmap import IdMap
 from soci_bus.asks import MountLayer
-from soci_mounter.filesystem import Inherited
+from soci_mounter.filesystem import OPAQUE, USER_OPAQUE, Inherited, Manner
 
 VERSION = 1
+MANNER_VERSION = 2
+"""The form of records, and that of a mount which is not shown plainly: a program that knows only the first must not
+show such a mount with other owners than it was asked for."""
 RECORD_LIMIT = 16 << 20
 """Bytes of one record."""
 MAX_LOWER = 512
@@ -36,7 +40,19 @@ def check_ask(ask: MountLayer) -> MountLayer:
         raise InvalidInput(f"mount {ask.mount}: lower directories are at most {MAX_LOWER} absolute paths")
     parse_digest(ask.layer)
     parse_digest(ask.ztoc)
+    try:
+        manner_of(ask)
+    except InvalidInput as error:
+        raise InvalidInput(f"mount {ask.mount}: {error}") from error
     return ask
+
+
+def manner_of(ask: MountLayer) -> Manner:
+    """How the ask wants its layer shown; `InvalidInput` for maps that are none."""
+    opaque = USER_OPAQUE if ask.user_xattrs else OPAQUE
+    if not ask.uid_map and not ask.gid_map:
+        return Manner(opaque=opaque)
+    return Manner(IdMap.of(ask.uid_map), IdMap.of(ask.gid_map), opaque)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +68,16 @@ def encode(record: Record) -> bytes:
     """The file's content; `LimitExceeded` above `RECORD_LIMIT`."""
     ask = record.ask
     value = {
-        "version": VERSION,
+        "version": MANNER_VERSION if ask.uid_map or ask.user_xattrs else VERSION,
         "sequence": record.sequence,
         "mount": ask.mount,
         "image": ask.image,
         "layer": ask.layer,
         "ztoc": ask.ztoc,
         "lower": list(ask.lower),
+        "uid_map": ask.uid_map,
+        "gid_map": ask.gid_map,
+        "user_xattrs": ask.user_xattrs,
         "inherited": {
             path.hex(): {
                 "mode": taken.mode,
@@ -80,19 +99,26 @@ def decode(content: bytes) -> Record:
     """The record in a file's content; `InvalidInput` for anything else."""
     try:
         value: dict[str, Any] = json.loads(content)
-        if value["version"] != VERSION:
-            raise InvalidInput(f"a record of version {value['version']!r}, not {VERSION}")
+        if value["version"] not in {VERSION, MANNER_VERSION}:
+            raise InvalidInput(f"a record of version {value['version']!r}, not {VERSION} or {MANNER_VERSION}")
         ask = MountLayer(
             mount=str(value["mount"]),
             image=str(value["image"]),
             layer=parse_digest(value["layer"]),
             ztoc=parse_digest(value["ztoc"]),
             lower=tuple(str(path) for path in value["lower"]),
+            uid_map=_extents(value.get("uid_map", [])),
+            gid_map=_extents(value.get("gid_map", [])),
+            user_xattrs=bool(value.get("user_xattrs", False)),
         )
         inherited = {bytes.fromhex(path): _inherited(taken) for path, taken in value["inherited"].items()}
         return Record(check_ask(ask), int(value["sequence"]), inherited)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInput(f"not a record of a mount: {type(error).__name__}: {error}") from error
+
+
+def _extents(value: list[list[int]]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((int(inside), int(outside), int(length)) for inside, outside, length in value)
 
 
 def _inherited(value: dict[str, Any]) -> Inherited:

@@ -6,23 +6,31 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 from soci.errors import BusUnavailable, FailedPrecondition, SociError
 from soci_bus.nats import NatsBus, connect
+from soci_cache import LayerStore
 from soci_runtime.config import Config
+from soci_runtime.flights import Flights
 from soci_runtime.logs import log
 from soci_runtime.serve import Process, service_command, trouble
+from soci_snapshotter.cri import keychain
 from soci_snapshotter.directories import numbers
-from soci_snapshotter.grpc_door import claim_socket, listening
+from soci_snapshotter.grpc_door import claim_socket, listening, place_of
+from soci_snapshotter.history import History
+from soci_snapshotter.images import Images
 from soci_snapshotter.layers import Layers
+from soci_snapshotter.mode import Rules
 from soci_snapshotter.mounts import Places, is_lazy
 from soci_snapshotter.outbox import publish_log
 from soci_snapshotter.snapshots import Snapshots
 from soci_snapshotter.store import SnapshotStore
+from soci_snapshotter.whole import FOLDER as UNPACKING
+from soci_snapshotter.whole import WholeLayers
 
 RESTORE_TRIES = 5
 RESTORE_WAIT = 2.0
@@ -79,24 +87,64 @@ def make_folders(folder: Path, places: Places) -> None:
         raise FailedPrecondition(f"{error.filename or folder}: {error.strerror}") from error
 
 
+def rules_of(config: Config) -> Rules:
+    """What the settings say of how layers come."""
+    fallback = {"always": True, "never": False}.get(config.whole_fallback, config.parallel_pull_fallback)
+    return Rules(
+        min_layer_size=config.min_layer_size,
+        always_whole=config.parallel_pull,
+        whole_without_index=fallback,
+        no_regret=config.no_regret,
+    )
+
+
+@asynccontextmanager
+async def _history(path: Path) -> AsyncIterator[History]:
+    history = await asyncio.to_thread(History, path)
+    try:
+        yield history
+    finally:
+        await asyncio.to_thread(history.close)
+
+
 async def run(config: Config, process: Process) -> None:
     """Serve until told to stop."""
     folder = config.root / "snapshotter"
-    places = Places(folder / "snapshots", config.mounts)
+    places = Places(folder / "snapshots", config.mounts, config.cache)
     make_folders(folder, places)
     with only_one(folder), ThreadPoolExecutor(1, "database") as thread:
         loop = asyncio.get_running_loop()
         store = await loop.run_in_executor(thread, SnapshotStore, folder / "metadata.db")
         # directories of calls that a crash cut short, or of a database that was moved away: not to be used again
         await loop.run_in_executor(thread, store.reserve, numbers(places.snapshots))
-        await claim_socket(config.address)
-        async with connect(config.nats_url, node=config.node, name="soci-snapshotter", trouble=trouble) as bus:
-            layers = Layers(bus, places, min_layer_size=config.min_layer_size, mount_timeout=config.mount_timeout)
+        address, outside = place_of(config.address, folder)
+        await claim_socket(address)
+        async with AsyncExitStack() as stack:
+            bus = await stack.enter_async_context(
+                connect(config.nats_url, node=config.node, name="soci-snapshotter", trouble=trouble)
+            )
+            history = await stack.enter_async_context(_history(folder / "history.db"))
+            flights = await stack.enter_async_context(Flights())
+            whole = await stack.enter_async_context(
+                WholeLayers(
+                    bus,
+                    folder / UNPACKING,
+                    max_unpacks=config.max_unpacks,
+                    max_unpacks_per_image=config.max_unpacks_per_image,
+                )
+            )
+            rules = rules_of(config)
+            cache = LayerStore(config.cache)
+            images = Images(bus, flights, whole, history, cache, rules, timeout=config.mount_timeout)
+            layers = Layers(bus, places, images, whole, rules, mount_timeout=config.mount_timeout)
             snapshots = Snapshots(store, layers, places, bus, thread)
-            async with listening(config.address, snapshots), asyncio.TaskGroup() as tasks:
+            proxy = None
+            if config.cri_keychain:
+                proxy = await stack.enter_async_context(keychain(config.cri_image_service, bus))
+            async with listening(address, snapshots, proxy=proxy, outside=outside), asyncio.TaskGroup() as tasks:
                 publishing = tasks.create_task(publish_log(store, bus, thread))
                 restoring = tasks.create_task(restore(store, layers, thread, bus))
-                process.ready(address=config.address, root=str(config.root), node=config.node)
+                process.ready(address=address, root=str(config.root), node=config.node)
                 await process.stopping.wait()
                 publishing.cancel()
                 restoring.cancel()

@@ -8,8 +8,10 @@ Nothing is decided here. Clients branch on the status code alone, so each class 
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,11 +25,20 @@ from soci.errors import FailedPrecondition, InvalidConfig, SociError
 from soci_proto.containerd.services.snapshots.v1 import snapshots_pb2 as pb
 from soci_proto.containerd.services.snapshots.v1 import snapshots_pb2_grpc as rpc
 from soci_proto.containerd.types.mount_pb2 import Mount as MountMessage
+from soci_proto.grpc.health.v1 import health_pb2_grpc as health_rpc
+from soci_runtime.activation import activated
+from soci_runtime.config import ACTIVATED, DEFAULT_ADDRESS
+from soci_runtime.kinds import SOCKET_PATH
 from soci_runtime.logs import log
+from soci_snapshotter import cri
+from soci_snapshotter.cri import ImageProxy
+from soci_snapshotter.health import Health
 from soci_snapshotter.mounts import Mount
+from soci_snapshotter.relay import relaying
 from soci_snapshotter.snapshots import Snapshots
 from soci_snapshotter.state import Snapshot
 
+SERVICE = "containerd.services.snapshots.v1.Snapshots"
 MESSAGE_LIMIT = 16 << 20
 """Bytes of a message each way, as containerd has it."""
 LIST_BATCH = 100
@@ -197,10 +208,31 @@ async def claim_socket(address: str) -> None:
         raise InvalidConfig(f"cannot listen on {address}: {error.strerror}") from error
 
 
+def place_of(address: str, folder: Path) -> tuple[str, socket.socket | None]:
+    """Where we listen, and systemd's socket that is joined to it, for the setting ``address``.
+
+    For `ACTIVATED` we listen in ``folder``, which is root's alone. Raises `InvalidConfig`.
+    """
+    if address != ACTIVATED:
+        return address, None
+    outside = activated()
+    if outside is None:
+        log.warning("systemd passes no socket", address=DEFAULT_ADDRESS)
+        return DEFAULT_ADDRESS, None
+    inside = str(folder / "door.sock")
+    if len(os.fsencode(inside)) > SOCKET_PATH:
+        outside.close()
+        raise InvalidConfig(f"{inside} is too long for a socket's path ({SOCKET_PATH} bytes): choose a shorter root")
+    return inside, outside
+
+
 @asynccontextmanager
-async def listening(address: str, snapshots: Snapshots) -> AsyncIterator[None]:
-    """Serve on the unix socket ``address``, which `claim_socket` made room for."""
+async def listening(
+    address: str, snapshots: Snapshots, *, proxy: ImageProxy | None = None, outside: socket.socket | None = None
+) -> AsyncIterator[None]:
+    """Serve on the unix socket ``address``, which `claim_socket` made room for, and on systemd's ``outside``."""
     path = Path(address)
+    health = Health([SERVICE, *([cri.SERVICE] if proxy else [])])
     try:
         options = [
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
@@ -208,16 +240,28 @@ async def listening(address: str, snapshots: Snapshots) -> AsyncIterator[None]:
         ]
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=CONCURRENT_CALLS)
         rpc.add_SnapshotsServicer_to_server(SnapshotsDoor(snapshots), server)
+        health_rpc.add_HealthServicer_to_server(health, server)
+        if proxy is not None:
+            server.add_generic_rpc_handlers((proxy.handler(),))
         server.add_insecure_port(f"unix:{address}")
         await server.start()
         path.chmod(0o660)
     except (OSError, RuntimeError) as error:
         raise InvalidConfig(f"cannot listen on {address}: {error}") from error
-    try:
-        yield
-    finally:
-        await server.stop(STOP_GRACE)
-        path.unlink(missing_ok=True)
+    async with AsyncExitStack() as stack:
+        stop_accepting = None
+        if outside is not None:
+            stack.callback(outside.close)
+            stop_accepting = await stack.enter_async_context(relaying(outside, address))
+        await health.serving()
+        try:
+            yield
+        finally:
+            if stop_accepting:
+                stop_accepting()
+            await health.ending()
+            await server.stop(STOP_GRACE)
+            path.unlink(missing_ok=True)
 
 
 async def _somebody_listens(address: str) -> bool:

@@ -23,7 +23,10 @@ ZTOC = "containerd.io/snapshot/remote/soci.ztoc.digest"
 """Set by us on lazy snapshots: with it a restart shows the layer again without asking any registry."""
 ZTOC_SIZE = "containerd.io/snapshot/remote/soci.ztoc.size"
 
-OURS = (REMOTE, HAS_INDEX, NAMESPACE, ZTOC, ZTOC_SIZE)
+MAPPED = "containerd.io/snapshot/remote/soci.mapped"
+"""Set by us where containerd itself made a copy of an image with other owners: it is not mapped once more."""
+
+OURS = (REMOTE, HAS_INDEX, NAMESPACE, ZTOC, ZTOC_SIZE, MAPPED)
 """Labels that say how a layer came: no client may set or take them away."""
 
 # Two families of the same labels: CRI and nerdctl send the one, ctr-remote the other.

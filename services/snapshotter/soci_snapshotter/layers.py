@@ -4,40 +4,26 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from soci.digest import Digest, parse_digest
-from soci.errors import DeadlineExceeded, FailedPrecondition, InvalidManifest, NoIndex, NotFound, SociError, Unavailable
+from soci.errors import DeadlineExceeded, FailedPrecondition, InvalidInput, NotFound, SociError, Unavailable
 from soci.launch import TraceParent
-from soci_bus.asks import (
-    CheckMounts,
-    FetchLayer,
-    FindIndex,
-    IndexFound,
-    MountLayer,
-    PrepareLayer,
-    ReadImageConfig,
-    UnmountLayer,
-)
+from soci_bus.asks import CheckMounts, MountLayer, PrepareLayer, UnmountLayer
 from soci_bus.face import Bus
 from soci_runtime.tracing import step
+from soci_snapshotter import userxattr
 from soci_snapshotter.directories import mark_shown, remake_upper
+from soci_snapshotter.images import Image, Images
 from soci_snapshotter.labels import ZTOC, ZTOC_SIZE, RemoteLabels, read_remote_labels
-from soci_snapshotter.mode import Facts, Lazy, Mode, Whole, choose
+from soci_snapshotter.mode import Facts, Lazy, Mode, Rules, Whole, choose
 from soci_snapshotter.mounts import Places, is_lazy
 from soci_snapshotter.state import Snapshot
-from soci_snapshotter.unpack import unpack
-from soci_snapshotter.usage import disk_usage
+from soci_snapshotter.whole import WholeLayers
 
-Result = TypeVar("Result")
-
-WHOLE_TIMEOUT = 290.0
-"""Seconds for the download of a whole layer."""
 CHECK_TIMEOUT = 5.0
 """Seconds within which the mounter says which mounts are alive."""
 UNMOUNT_TIMEOUT = 10.0
@@ -55,32 +41,37 @@ class Brought:
 class Layers:
     """Brings layers for snapshots. Holds nothing but its ways out."""
 
-    def __init__(self, bus: Bus, places: Places, *, min_layer_size: int, mount_timeout: float) -> None:
+    def __init__(  # noqa: PLR0913  its ways out
+        self, bus: Bus, places: Places, images: Images, whole: WholeLayers, rules: Rules, *, mount_timeout: float
+    ) -> None:
         self._bus = bus
         self._places = places
-        self._min_layer_size = min_layer_size
+        self._images = images
+        self._whole = whole
+        self._rules = rules
         self._timeout = mount_timeout
 
     def deadline(self) -> float:
         """When a layer that Prepare was called for now is to be shown, at the latest (loop time)."""
         return asyncio.get_running_loop().time() + self._timeout
 
-    async def find_index(self, labels: RemoteLabels, trace: TraceParent, ends: float) -> IndexFound:
-        """The image's SOCI index; every failure is a `NoIndex` with its reason."""
-        ask = FindIndex(labels.image, labels.manifest, labels.explicit_index)
-        try:
-            return await self._bus.ask(ask, timeout=_left(ends), trace=trace)
-        except NoIndex:
-            raise
-        except SociError as error:
-            raise NoIndex(f"no index could be looked for: {error}") from error
+    async def facts(self, labels: RemoteLabels, trace: TraceParent, ends: float) -> tuple[Image, Facts]:
+        """What is known of the image and of the layer; see `soci_snapshotter.images`."""
+        return await self._images.facts(labels, trace, ends)
+
+    def saw_need(self, lazy: Sequence[Snapshot]) -> None:
+        """Remember what launches needed of these layers so far. Blocks on the disk."""
+        for snapshot in lazy:
+            with suppress(InvalidInput):
+                labels = read_remote_labels(snapshot.labels)
+                self._images.saw_need(labels.layer, parse_digest(snapshot.labels.get(ZTOC, "")))
 
     async def bring(  # noqa: PLR0913  what is known of the call
         self,
         snapshot: Snapshot,
         parents: Sequence[Snapshot],
         labels: RemoteLabels,
-        facts: Facts,
+        known: tuple[Image, Facts],
         trace: TraceParent,
         *,
         ends: float,
@@ -89,16 +80,16 @@ class Layers:
 
         A lazy attempt is over at ``ends``. Raises only where the snapshot's directory cannot be had empty again.
         """
-        facts = replace(facts, min_layer_size=self._min_layer_size)
+        image, facts = known
         while True:
-            mode = choose(facts)
+            mode = choose(facts, self._rules)
             try:
                 match mode:
                     case Lazy():
                         await self._show(snapshot, parents, labels, mode, trace, ends=ends)
                         return Brought(mode)
                     case Whole():
-                        return await self._unpack(snapshot, parents, labels, mode, trace)
+                        return await self._unpack(snapshot, parents, labels, image, mode, trace)
                     case _:
                         return Brought(mode)
             except SociError as error:
@@ -135,7 +126,7 @@ class Layers:
         ends: float,
     ) -> None:
         lower = tuple(str(self._places.contents(parent)) for parent in parents)
-        ask = MountLayer(str(snapshot.id), labels.image, labels.layer, ztoc, lower)
+        ask = MountLayer(str(snapshot.id), labels.image, labels.layer, ztoc, lower, user_xattrs=userxattr.needed())
         await asyncio.to_thread(mark_shown, self._places.snapshots / str(snapshot.id))
         shown = await self._bus.ask(ask, timeout=_left(ends), trace=trace)
         expected = self._places.mounts / str(snapshot.id)
@@ -144,32 +135,23 @@ class Layers:
                 f"the mounter shows {shown.path}, not {expected}: snapshotter and mounter need the same --root"
             )
 
-    async def _unpack(
-        self, snapshot: Snapshot, parents: Sequence[Snapshot], labels: RemoteLabels, mode: Whole, trace: TraceParent
+    async def _unpack(  # noqa: PLR0913, PLR0917
+        self,
+        snapshot: Snapshot,
+        parents: Sequence[Snapshot],
+        labels: RemoteLabels,
+        image: Image,
+        mode: Whole,
+        trace: TraceParent,
     ) -> Brought:
         with step("unpack", trace, layer=labels.layer) as here:
-            ask = ReadImageConfig(labels.image, labels.manifest)
-            config = await self._bus.ask(ask, timeout=self._timeout, trace=here)
-            if labels.layer not in config.layers:
-                raise NotFound(f"{labels.layer} is not a layer of {labels.manifest}")
-            place = config.layers.index(labels.layer)
-            if place >= min(len(config.media_types), len(config.diff_ids)):
-                raise InvalidManifest(f"{labels.manifest} and its config do not have the same layers")
-            fetched = await self._bus.ask(FetchLayer(labels.image, labels.layer), timeout=WHOLE_TIMEOUT, trace=here)
-            upper, blob = self._places.upper(snapshot.id), Path(fetched.path)
+            wanted = image.wanted(labels.layer)
+            if wanted is None:
+                raise NotFound(image.no_config or f"{labels.manifest} does not say what {labels.layer} unpacks to")
+            self._whole.begin(labels.image, labels.manifest, [wanted], here)
             lower = [self._places.contents(parent) for parent in parents]
-            stop = threading.Event()
-
-            def work() -> tuple[int, int]:
-                media_type, diff_id = config.media_types[place], config.diff_ids[place]
-                unpack(blob, upper, media_type=media_type, diff_id=diff_id, lower=lower, stopped=stop.is_set)
-                return disk_usage(upper)
-
-            try:
-                size, inodes = await _whole(asyncio.ensure_future(asyncio.to_thread(work)), stop)
-            finally:
-                with suppress(OSError):
-                    blob.unlink(missing_ok=True)
+            upper = self._places.upper(snapshot.id)
+            size, inodes = await self._whole.claim(labels.manifest, labels.layer, upper, lower)
             return Brought(mode, size, inodes)
 
     async def check(self, chain: Sequence[tuple[Snapshot, Sequence[Snapshot]]]) -> None:
@@ -212,14 +194,3 @@ def _left(ends: float) -> float:
     if left <= 0:
         raise DeadlineExceeded("the layer was not there within mount_timeout_sec")
     return left
-
-
-async def _whole(work: asyncio.Future[Result], stop: threading.Event) -> Result:
-    """Wait for a thread; where we are not to wait any more, have it end first, so that nothing writes behind us."""
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        stop.set()
-        with suppress(SociError):
-            await work
-        raise

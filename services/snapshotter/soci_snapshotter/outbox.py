@@ -62,8 +62,7 @@ async def publish_batch(store: SnapshotStore, bus: Publisher, thread: ThreadPool
     done = 0
     try:
         for seq, at_ns, change in batch:
-            number = seq if change.what == "prepared" else change.id
-            event = SnapshotChanged(str(number), seq, change.what, change.name, change.parent)
+            event = SnapshotChanged(str(change.id), seq, change.what, change.name, change.parent)
             try:
                 await bus.publish_now(event, at_ns=at_ns, message_id=f"snapshot-{bus.node}-{seq}-{at_ns}")
             except InvalidMessage as error:

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
-from soci.errors import AlreadyExists, FailedPrecondition, InvalidInput, NoIndex, SociError, Unavailable, Unsupported
+from soci.errors import AlreadyExists, FailedPrecondition, InvalidInput, SociError, Unavailable, Unsupported
 from soci.launch import TraceParent
 from soci_bus.asks import AttachLaunch
 from soci_bus.events import ContainerPrepared, IndexChosen, LaunchStarted, ModeChosen
@@ -24,19 +24,24 @@ from soci_bus.face import Bus
 from soci_runtime.logs import log
 from soci_runtime.tracing import step
 from soci_snapshotter import labels as names
-from soci_snapshotter.directories import make_directories, numbers, owner_of, remove_directory, was_shown
+from soci_snapshotter import userxattr
+from soci_snapshotter.directories import make_directories, numbers, owner_of, was_shown
 from soci_snapshotter.filters import parse_filters
+from soci_snapshotter.idmap import FIXED, UIDS, MappedLayers, active_usage, is_remapped, mapped_places, owners_of
+from soci_snapshotter.idmap_local import remove_place
 from soci_snapshotter.labels import RemoteLabels, read_remote_labels, read_traceparent
 from soci_snapshotter.launches import Launches
 from soci_snapshotter.layers import Brought, Layers
-from soci_snapshotter.mode import Defer, Facts, Lazy
+from soci_snapshotter.mode import Defer, Lazy
 from soci_snapshotter.mounts import OVERLAY_LAYERS, Mount, Places, is_lazy, mounts_of
 from soci_snapshotter.state import Kind, Snapshot
 from soci_snapshotter.store import SnapshotStore
-from soci_snapshotter.usage import disk_usage
+from soci_snapshotter.usage import disk_usage, lazy_usage
 
 ATTACH_TIMEOUT = 2.0
 """Seconds in which the mounter takes note of a launch; without it misses are only filed under the launch before."""
+TRIMS = 50
+"""Times that one clean-up trims the log; other calls come in between."""
 OWNER_TIMEOUT = 5.0
 """Seconds in which a layer must say whom its root directory belongs to; a mount may hang."""
 
@@ -48,6 +53,8 @@ _SAID = {
 }
 
 Result = TypeVar("Result")
+Made = tuple[Snapshot, Sequence[Snapshot]]
+"""A new snapshot, and what it lies on, nearest first."""
 
 
 class Snapshots:
@@ -63,6 +70,7 @@ class Snapshots:
         self._thread = thread
         self._launches = Launches()
         self._cleaning = asyncio.Lock()
+        self._mapped = MappedLayers(bus, places)
         self._index_off = os.path.exists("/sys/module/overlay/parameters/index")  # noqa: PTH110
 
     async def _db(self, call: Callable[..., Result], *args: object, **options: object) -> Result:
@@ -79,33 +87,32 @@ class Snapshots:
             if not found:
                 raise FailedPrecondition(f"a namespace is required to bring layers, and {key[:200]!r} does not say it")
             labels = {**labels, names.NAMESPACE: found}
-        made = await self._make(key, parent, "active", labels)
+            await self._raise_if_here(target, parent)
+        made, parents = await self._make(key, parent, "active", labels)
         async with self._forgotten_unless_done(made):
-            parents = await self._db(self._store.parents, made)
             if not target:
+                mounts = await self._mounts(made, parents)
                 await self._container(made, parents, namespace_of(key, namespace))
-                return mounts_of(made, parents, self._places, index_off=self._index_off)
+                return mounts
             brought = await self._bring(made, parents)
             if isinstance(brought.mode, Defer):
-                return mounts_of(made, parents, self._places, index_off=self._index_off)
+                return await self._mounts(made, parents)
             await self._commit_remote(target, made, brought)
         raise AlreadyExists(f"target snapshot {target!r}: already exists")
 
     async def view(self, key: str, parent: str, labels: Mapping[str, str]) -> tuple[Mount, ...]:
         """A new view."""
-        made = await self._make(key, parent, "view", names.without_ours(labels))
+        made, parents = await self._make(key, parent, "view", names.without_ours(labels))
         async with self._forgotten_unless_done(made):
-            parents = await self._db(self._store.parents, made)
-            return mounts_of(made, parents, self._places, index_off=self._index_off)
+            return await self._mounts(made, parents)
 
     async def mounts(self, key: str) -> tuple[Mount, ...]:
         """The mounts of an active snapshot or view."""
-        found = await self._db(self._store.get, key)
+        found, *parents = await self._db(self._store.chain, key)
         if found.kind == "committed":
             raise FailedPrecondition(f"snapshot {key!r} is committed and has no mounts")
-        parents = await self._db(self._store.parents, found)
         await self._check(parents)
-        return mounts_of(found, parents, self._places, index_off=self._index_off)
+        return await self._mounts(found, parents)
 
     async def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str) -> None:
         """Make an active snapshot a committed one."""
@@ -114,11 +121,15 @@ class Snapshots:
         if found and found.kind == "active":
             size, inodes = await asyncio.to_thread(disk_usage, self._places.upper(found.id))
         wanted = names.without_ours(labels)
+        if is_remapped(name, key):
+            wanted[names.MAPPED] = "true"
         await self._db(self._store.commit, name, key, wanted, parent=parent, size=size, inodes=inodes)
 
     async def remove(self, key: str) -> None:
         """Forget a snapshot; `cleanup` frees what it held."""
-        await self._db(self._store.remove, key)
+        gone = await self._db(self._store.remove, key)
+        if is_lazy(gone):
+            await asyncio.to_thread(self._layers.saw_need, [gone])
 
     async def stat(self, key: str) -> Snapshot:
         """One snapshot."""
@@ -126,7 +137,7 @@ class Snapshots:
 
     async def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Snapshot:
         """Change labels, but not those that are ours."""
-        return await self._db(self._store.update, name, labels, list(paths), names.OURS)
+        return await self._db(self._store.update, name, labels, list(paths), FIXED)
 
     async def list(self, filters: Sequence[str]) -> Sequence[Snapshot]:
         """The snapshots that one of the filters matches."""
@@ -135,10 +146,15 @@ class Snapshots:
         return await asyncio.to_thread(lambda: [snapshot for snapshot in found if matches(snapshot)])
 
     async def usage(self, key: str) -> tuple[int, int]:
-        """Bytes and inodes: measured for an active snapshot, as it was at commit for the others."""
+        """Bytes and inodes: measured for an active snapshot, what the cache holds of a lazy layer, nothing for a
+        view, and as it was at commit for the others.
+        """
         found = await self._db(self._store.get, key)
         if found.kind == "active":
-            return await asyncio.to_thread(disk_usage, self._places.upper(found.id))
+            below = (await self._db(self._store.chain, key))[1:] if UIDS in found.labels else []
+            return await asyncio.to_thread(active_usage, found, below, self._places)
+        if is_lazy(found):
+            return await asyncio.to_thread(lazy_usage, self._places.cache, found.labels)
         return found.size, found.inodes
 
     async def cleanup(self) -> None:
@@ -149,46 +165,64 @@ class Snapshots:
         """
         async with self._cleaning:
             on_disk = await asyncio.to_thread(numbers, self._places.snapshots)
+            mapped = await asyncio.to_thread(mapped_places, self._places.snapshots)
+            gone = sorted(await self._db(self._store.reserve, on_disk | mapped.keys()))
             mounter_away = False
-            for number in sorted(await self._db(self._store.reserve, on_disk)):
-                place = self._places.snapshots / str(number)
+            for name in [*(name for number in gone for name in mapped.get(number, ())), *map(str, gone)]:
+                place = self._places.snapshots / name
                 try:
                     if was_shown(place):
                         if mounter_away:
                             continue
-                        await self._layers.hide(str(number))
-                    await asyncio.to_thread(remove_directory, place)
+                        await self._layers.hide(name)
+                    await asyncio.to_thread(remove_place, place)
                 except (SociError, OSError) as error:
                     mounter_away = mounter_away or isinstance(error, Unavailable)
-                    log.warning("a removed snapshot is not freed yet", snapshot=number, error=error)
-            await self._db(self._store.trim)
+                    log.warning("a removed snapshot is not freed yet", snapshot=name, error=error)
+            for _ in range(TRIMS):
+                if not await self._db(self._store.trim):
+                    break
 
     # --- inside
 
-    async def _make(self, key: str, parent: str, kind: Kind, labels: Mapping[str, str]) -> Snapshot:
+    async def _make(self, key: str, parent: str, kind: Kind, labels: Mapping[str, str]) -> Made:
         """All that may fail or take time comes first, so that a call that fails leaves no snapshot behind."""
         owner = None
-        below = await self._db(self._store.find, parent) if parent else None
-        if below and below.kind == "committed":
-            chain = [below, *await self._db(self._store.parents, below)]
+        chain = await self._db(self._store.chain, parent) if parent else []
+        if chain and chain[0].kind == "committed":
             if len(chain) > OVERLAY_LAYERS:
                 raise Unsupported(f"{len(chain)} layers: the kernel's overlayfs takes {OVERLAY_LAYERS}")
             await self._check(chain)
-            owner = await self._owner(below)
+            owner = await self._owner(chain[0])
+        owners = owners_of(labels, chain[0] if chain else None)
+        if owners:
+            owner = owners.of(*owner or (0, 0))
 
         def directories(number: int) -> None:
             make_directories(self._places.snapshots / str(number), active=kind == "active", owner=owner)
 
-        made = asyncio.ensure_future(self._db(self._store.prepare, key, parent, kind, dict(labels), directories))
+        def make() -> Made:  # in one go: the parent may have gone and come again since it was looked at
+            below = self._store.chain(parent) if parent else []
+            return self._store.prepare(key, parent, kind, dict(labels), directories), below
+
+        making = asyncio.ensure_future(self._db(make))
         try:
-            return await asyncio.shield(made)
+            return await asyncio.shield(making)
         except asyncio.CancelledError:  # nobody waits for it any more
             with suppress(SociError):
-                await self._db(self._store.abandon, await made)
+                await self._db(self._store.abandon, (await making)[0])
             raise
+
+    async def _mounts(self, snapshot: Snapshot, parents: Sequence[Snapshot]) -> tuple[Mount, ...]:
+        """The mounts, once the layers are there as the snapshot wants them."""
+        mapped = await self._mapped.have(snapshot, parents)
+        options = {"index_off": self._index_off, "user_xattrs": userxattr.needed()}
+        return mounts_of(snapshot, parents, self._places, mapped=mapped, **options)
 
     async def _owner(self, below: Snapshot) -> tuple[int, int]:
         directory = self._places.contents(below)
+        if not is_lazy(below):
+            return owner_of(directory)
         try:
             async with asyncio.timeout(OWNER_TIMEOUT):
                 return await asyncio.to_thread(owner_of, directory)
@@ -224,22 +258,26 @@ class Snapshots:
         trace, first = self._launch(wanted, made.labels, by="pull")
         with step("prepare", trace, layer=wanted.layer, image=wanted.image) as here:
             ends = self._layers.deadline()
-            try:
-                index = await self._layers.find_index(wanted, here, ends)
-                facts = Facts(wanted.layer, index=index, size=wanted.size)
-                chosen = IndexChosen(trace.launch, index.index, index.found_by, "")
-            except NoIndex as error:
-                facts = Facts(wanted.layer, no_index=str(error), size=wanted.size)
-                chosen = IndexChosen(trace.launch, None, "", str(error))
+            image, facts = await self._layers.facts(wanted, here, ends)
             if first:
-                self._bus.publish(chosen)
-            brought = await self._layers.bring(made, parents, wanted, facts, here, ends=ends)
+                chosen, found_by = (image.index.index, image.index.found_by) if image.index else (None, "")
+                self._bus.publish(IndexChosen(trace.launch, chosen, found_by, image.no_index))
+            brought = await self._layers.bring(made, parents, wanted, (image, facts), here, ends=ends)
         mode = brought.mode
         seconds = time.monotonic() - begun
-        self._bus.publish(ModeChosen(trace.launch, wanted.layer, mode.name, mode.why, wanted.size, seconds))
+        self._bus.publish(ModeChosen(trace.launch, wanted.layer, mode.name, mode.why, facts.size, seconds))
         about = {"key": made.name, "parent": made.parent, "launch": trace.launch, "layer": wanted.layer}
         log.info("layer", **about, mode=mode.name, why=mode.why, seconds=round(seconds, 4), **_SAID[mode.name])
         return brought
+
+    async def _raise_if_here(self, target: str, parent: str) -> None:
+        """`AlreadyExists` where the layer is here, because another namespace pulled it; only if it can be used."""
+        taken = await self._db(self._store.find, target)
+        if taken is None or (taken.kind, taken.parent, taken.labels.get(names.REF)) != ("committed", parent, target):
+            return
+        with suppress(Unavailable):  # else it is brought again
+            await self._check([taken, *await self._db(self._store.parents, taken)])
+            raise AlreadyExists(f"target snapshot {target!r}: already exists")
 
     async def _commit_remote(self, target: str, made: Snapshot, brought: Brought) -> None:
         """Commit under the chain id itself, and tell the client by `AlreadyExists` that the layer is here."""
@@ -273,12 +311,15 @@ class Snapshots:
                 said[names.TRACEPARENT] = made.labels[names.TRACEPARENT]
             trace, _ = self._launch(wanted, said, by="container")
             self._launches.end(namespace, wanted.manifest)
-            attach = AttachLaunch(trace.launch, tuple(str(snapshot.id) for snapshot in lazy))
+            mapped = owners_of(made.labels, parents[0]) is not None
+            shown = (self._places.mapped(one, made) if mapped else self._places.contents(one) for one in lazy)
+            attach = AttachLaunch(trace.launch, tuple(place.name for place in shown))
             try:
                 await self._bus.ask(attach, timeout=ATTACH_TIMEOUT, trace=trace)
             except SociError as error:
                 log.warning("the mounter does not know of the launch", launch=trace.launch, error=error)
             self._bus.publish(ContainerPrepared(trace.launch, made.name, len(parents), len(lazy)))
+            await asyncio.to_thread(self._layers.saw_need, lazy)  # what the launches before this one needed
 
     def _launch(self, wanted: RemoteLabels, labels: Mapping[str, str], *, by: str) -> tuple[TraceParent, bool]:
         """The launch of this call, and whether it begins here."""

@@ -5,10 +5,12 @@
     snapshots  the fold of it: can be thrown away and folded anew (`rebuild`)
     outbox     up to which event the log was published (`soci_bus`)
 
-The log keeps every event of the snapshots that exist, and of those that are gone the last `GONE_EVENTS`.
+The log keeps of each snapshot how it was prepared, committed and removed, and its last labels, for the snapshots that
+exist and those that went within the last `GONE_EVENTS` events. What else there is goes once it is published (`trim`),
+and is not missed: the fold of what stays is the same.
 
 WAL with synchronous=FULL: a call that was answered survives power loss. One thread owns the connection; nothing in
-here waits for anything but the disk.
+here waits for anything but the disk, and for `BUSY_TIMEOUT` for another process that writes.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 from soci.errors import NotFound, SociError
 from soci_snapshotter import state
@@ -31,6 +34,8 @@ CREATE TABLE IF NOT EXISTS snapshots (
   id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, parent TEXT NOT NULL, labels TEXT NOT NULL,
   created_ns INTEGER NOT NULL, updated_ns INTEGER NOT NULL, size INTEGER NOT NULL, inodes INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS children ON snapshots (parent);
+CREATE INDEX IF NOT EXISTS events_of ON events (json_extract(body, '$.id'));
+CREATE INDEX IF NOT EXISTS removals ON events (seq) WHERE json_extract(body, '$.what') = 'removed';
 CREATE TABLE IF NOT EXISTS outbox (only INTEGER PRIMARY KEY CHECK (only = 1), published INTEGER NOT NULL);
 INSERT OR IGNORE INTO outbox VALUES (1, 0);
 """
@@ -41,33 +46,67 @@ CHAIN_LIMIT = 10_000
 SCHEMA_VERSION = 1
 """The form of the tables; a file of a later one is refused."""
 GONE_EVENTS = 100_000
-"""Events kept of snapshots that are gone, once they are published."""
+"""How many events ago a snapshot was removed, at most, whose events are kept once they are published."""
 WAITING_EVENTS = 1_000_000
-"""Events kept of snapshots that are gone while nothing can be published."""
+"""Events kept while nothing can be published, of those that the fold does not need."""
+TRIM_EVENTS = 1_000
+"""Events looked at by one `trim`, and snapshots that are gone of which it drops the events."""
 STRAY_NUMBERS = 1_000_000
 """A directory whose number is so far beyond the last one given was not made by us."""
+
+Row = tuple[int, str, Kind, str, str, int, int, int, int]
+"""A row of the table, as it is on disk."""
+
+_CHAIN = """WITH RECURSIVE chain AS (
+  SELECT * FROM snapshots WHERE name = ?
+  UNION ALL SELECT below.* FROM chain JOIN snapshots AS below ON below.name = chain.parent LIMIT ?)
+SELECT * FROM chain"""
+_INSERT = "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """What a rebuild did: events folded, and each row that was wrong: what it was and what it is; None: not there."""
+
+    events: int
+    wrong: tuple[tuple[Row | None, Row | None], ...]
 
 
 class SnapshotStore:
     """The log and its fold. Not for use from several threads."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or make the database; a file that is none, or is damaged, is a `SociError` that names it."""
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Open or make the database; a file that is none, or is damaged, is a `SociError` that names it.
+
+        ``read_only``: for a look beside the service that owns it, which is not disturbed; nothing is made.
+        """
         self._path = path
+        self._compacted = 0  # up to which event those that it superseded are gone
         try:
-            self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+            mode = "ro" if read_only else "rwc"
+            self._db = sqlite3.connect(
+                f"file:{quote(str(path))}?mode={mode}",
+                uri=True,
+                timeout=BUSY_TIMEOUT,
+                isolation_level=None,
+                check_same_thread=False,
+            )
             try:
-                self._open()
+                self._check_version()
+                if not read_only:
+                    self._open()
             except BaseException:
                 self._db.close()
                 raise
         except sqlite3.Error as error:
             raise SociError(f"{path}: {error}; move it away to start with no snapshots") from error
 
-    def _open(self) -> None:
+    def _check_version(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise SociError(f"{self._path} was written by a later version of this program (form {version})")
+
+    def _open(self) -> None:
         (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise sqlite3.DatabaseError(f"the database is damaged: {found}")
@@ -114,16 +153,21 @@ class SnapshotStore:
             raise NotFound(f"snapshot {name!r} is not there")
         return found
 
+    def chain(self, name: str) -> list[Snapshot]:
+        """The snapshot of that key or name, and what it lies on, nearest first. Raises `NotFound`."""
+        with self._border():
+            rows = self._db.execute(_CHAIN, (name, CHAIN_LIMIT + 1))
+            found = [_snapshot(row) for row in rows]
+        if len(found) > CHAIN_LIMIT:
+            raise SociError(f"snapshot {name!r} lies on {CHAIN_LIMIT} others or more")
+        missing = found[-1].parent if found else name
+        if missing:
+            raise NotFound(f"snapshot {missing!r} is not there")
+        return found
+
     def parents(self, snapshot: Snapshot) -> list[Snapshot]:
         """What it lies on, nearest first."""
-        chain: list[Snapshot] = []
-        below = snapshot.parent
-        while below:
-            if len(chain) >= CHAIN_LIMIT:
-                raise SociError(f"snapshot {snapshot.name!r} lies on more than {CHAIN_LIMIT} others")
-            chain.append(self.get(below))
-            below = chain[-1].parent
-        return chain
+        return self.chain(snapshot.parent) if snapshot.parent else []
 
     def all(self) -> list[Snapshot]:
         """Every snapshot, oldest first."""
@@ -198,38 +242,101 @@ class SnapshotStore:
                 self._db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('events', ?)", (max(free),))
             return free
 
-    def trim(self) -> int:
-        """Drop old events of snapshots that are gone; how many went."""
+    def trim(self) -> bool:
+        """Drop some of the events that nobody needs; whether it is worth calling again at once.
+
+        These are the labels of a snapshot that something later superseded, and old events of snapshots that are gone.
+        """
         with self._transaction():
             (last,) = self._db.execute("SELECT COALESCE(MAX(seq), 0) FROM events").fetchone()
             (published,) = self._db.execute("SELECT published FROM outbox").fetchone()
-            before = max(min(published, last - GONE_EVENTS), last - WAITING_EVENTS)
-            return self._db.execute(
-                "DELETE FROM events WHERE seq <= ? AND COALESCE(NULLIF(json_extract(body, '$.id'), 0), seq)"
-                " NOT IN (SELECT id FROM snapshots)",
-                (before,),
-            ).rowcount
+            superseded = max(published, last - WAITING_EVENTS)
+            gone = max(min(published, last - GONE_EVENTS), last - WAITING_EVENTS)
+            looked = self._drop_superseded(superseded)
+            removed = self._drop_gone(gone)
+            return TRIM_EVENTS in {looked, removed}
 
-    def rebuild(self) -> int:
-        """Fold the whole log anew into the table; the number of events folded."""
+    def _drop_superseded(self, before: int) -> int:
+        """What the next events up to ``before`` supersede goes; how many events were looked at.
+
+        All are looked at once after each start: the place is not on disk.
+        """
+        later = self._db.execute(
+            "SELECT seq, json_extract(body, '$.id') FROM events WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?",
+            (self._compacted, before, TRIM_EVENTS),
+        ).fetchall()
+        self._db.executemany(
+            "DELETE FROM events WHERE json_extract(body, '$.id') = ?2 AND seq < ?1"
+            " AND json_extract(body, '$.what') = 'relabelled'",
+            [(seq, number) for seq, number in later if number],  # 0: just made, there is nothing before it
+        )
+        if later:
+            self._compacted = later[-1][0]
+        return len(later)
+
+    def _drop_gone(self, before: int) -> int:
+        """All events of the snapshots that were removed first, up to ``before``, go; how many snapshots these were."""
+        found = self._db.execute(
+            "SELECT json_extract(body, '$.id') FROM events"
+            " WHERE json_extract(body, '$.what') = 'removed' AND seq <= ? ORDER BY seq LIMIT ?",
+            (before, TRIM_EVENTS),
+        ).fetchall()
+        for column in ("seq", "json_extract(body, '$.id')"):  # the first event's number is the snapshot's
+            self._db.executemany(f"DELETE FROM events WHERE {column} = ?", found)  # noqa: S608  one of the two above
+        return len(found)
+
+    def rebuild(self) -> Rebuilt:
+        """Fold the whole log anew, and make the table what comes of it.
+
+        Another process may use the database meanwhile: what takes long is done without a lock, which is held for the
+        events that came since, and for rows that are wrong.
+        """
+        table: dict[int, Snapshot] = {}
+        with self._border():
+            self._db.execute("BEGIN")  # one moment's log, whoever appends to it or trims it
+            try:
+                last, count = self._fold_into(table, 0)
+            finally:
+                self._db.execute("ROLLBACK")
         with self._transaction():
-            self._db.execute("DELETE FROM snapshots")
-            count = 0
-            for seq, at_ns, body in self._db.execute("SELECT seq, at_ns, body FROM events ORDER BY seq").fetchall():
-                self._fold(Change(**json.loads(body)), seq, at_ns)
-                count += 1
-            return count
+            last, more = self._fold_into(table, last)
+            rows = {row[0]: row for row in self._db.execute("SELECT * FROM snapshots")}
+            wanted = {number: _row(snapshot) for number, snapshot in table.items()}
+            wrong = [number for number in sorted({*rows, *wanted}) if rows.get(number) != wanted.get(number)]
+            self._db.executemany("DELETE FROM snapshots WHERE id = ?", [(number,) for number in wrong])
+            self._db.executemany(_INSERT, [wanted[number] for number in wrong if number in wanted])
+        return Rebuilt(count + more, tuple((rows.get(number), wanted.get(number)) for number in wrong))
 
-    # --- publishing
+    def _fold_into(self, table: dict[int, Snapshot], after: int) -> tuple[int, int]:
+        """Fold the events ``after`` that number into ``table``: the last one's number, and how many there were."""
+        count = 0
+        for seq, at_ns, body in self._db.execute(
+            "SELECT seq, at_ns, body FROM events WHERE seq > ? ORDER BY seq", (after,)
+        ):
+            change = _numbered(Change(**json.loads(body)), seq)
+            made = state.fold(table.get(change.id), change, at_ns)
+            if made is None:
+                table.pop(change.id, None)
+            else:
+                table[change.id] = made
+            after, count = seq, count + 1
+        return after, count
+
+    # --- the log
+
+    def events(self, after: int, most: int) -> list[tuple[int, int, Change]]:
+        """The events after that number, the oldest first: (number, time in ns, change)."""
+        with self._border():
+            rows = self._db.execute(
+                "SELECT seq, at_ns, body FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, most)
+            )
+            return [(seq, at_ns, _numbered(Change(**json.loads(body)), seq)) for seq, at_ns, body in rows]
 
     def unpublished(self, most: int) -> list[tuple[int, int, Change]]:
         """The oldest events that are not on the bus yet: (number, time in ns, change)."""
         with self._border():
-            rows = self._db.execute(
-                "SELECT seq, at_ns, body FROM events WHERE seq > (SELECT published FROM outbox) ORDER BY seq LIMIT ?",
-                (most,),
-            )
-            return [(seq, at_ns, Change(**json.loads(body))) for seq, at_ns, body in rows]
+            (published,) = self._db.execute("SELECT published FROM outbox").fetchone()
+        return self.events(published, most)
 
     def published(self, seq: int) -> None:
         """All up to ``seq`` are on the bus."""
@@ -245,9 +352,8 @@ class SnapshotStore:
         return self._fold(change, seq or 0, at_ns)
 
     def _fold(self, change: Change, seq: int, at_ns: int) -> Snapshot:
-        """Apply one event. A new snapshot's id is its event's number: never used again, the same after a rebuild."""
-        if change.what == "prepared":
-            change = replace(change, id=seq)
+        """Apply one event to the table."""
+        change = _numbered(change, seq)
         row = self._db.execute("SELECT * FROM snapshots WHERE id = ?", (change.id,)).fetchone()
         before = _snapshot(row) if row else None
         after = state.fold(before, change, at_ns)
@@ -255,25 +361,25 @@ class SnapshotStore:
             self._db.execute("DELETE FROM snapshots WHERE id = ?", (change.id,))
             return before or Snapshot(change.id, change.name, change.kind, change.parent, {}, at_ns, at_ns)
         self._db.execute(
-            "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
+            f"{_INSERT} ON CONFLICT (id) DO UPDATE SET"
             " name = excluded.name, kind = excluded.kind, parent = excluded.parent, labels = excluded.labels,"
             " created_ns = excluded.created_ns, updated_ns = excluded.updated_ns,"
             " size = excluded.size, inodes = excluded.inodes",
-            (
-                after.id,
-                after.name,
-                after.kind,
-                after.parent,
-                json.dumps(dict(after.labels), sort_keys=True),
-                after.created_ns,
-                after.updated_ns,
-                after.size,
-                after.inodes,
-            ),
+            _row(after),
         )
         return after
 
 
-def _snapshot(row: tuple[int, str, Kind, str, str, int, int, int, int]) -> Snapshot:
+def _numbered(change: Change, seq: int) -> Change:
+    """A new snapshot's id is its first event's number: never used again, the same after a rebuild."""
+    return replace(change, id=seq) if change.what == "prepared" else change
+
+
+def _row(one: Snapshot) -> Row:
+    labels = json.dumps(dict(one.labels), sort_keys=True)
+    return one.id, one.name, one.kind, one.parent, labels, one.created_ns, one.updated_ns, one.size, one.inodes
+
+
+def _snapshot(row: Row) -> Snapshot:
     number, name, kind, parent, labels, created, updated, size, inodes = row
     return Snapshot(number, name, kind, parent, json.loads(labels), created, updated, size, inodes)

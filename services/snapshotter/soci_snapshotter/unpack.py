@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unpack a layer blob into a snapshot's directory, as containerd's overlay differ would have.
+"""Unpack a layer blob into a directory, as containerd's overlay differ would have.
 
 The directory is the upper side of an overlay: ``.wh.X`` becomes a 0/0 character device, ``.wh..wh..opq`` an opaque
-mark, and directories that the layer implies take their attributes from the layers below.
+mark. Directories that the layer implies without listing them take their attributes from the layers below, which need
+not be here yet: `unpack_stream` says which they are, and `soci_snapshotter.settle` has the rest.
 
-Nothing outside the directory can be reached: each step of a path is opened relative to its parent's descriptor with
-O_NOFOLLOW, so neither ``..`` nor a symlink that the layer planted leads out.
+What a file costs is its creation, its bytes and what differs from what the kernel made of it: its directory is open
+already, owner and mode are set where they are others, and no path is walked twice. Nothing outside the directory can
+be reached (see `soci_snapshotter.parents`).
 """
 
 from __future__ import annotations
@@ -14,32 +16,51 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from soci.digest import Digest, new_hash
 from soci.errors import InvalidTar, LimitExceeded, Mismatch, Unsupported
 from soci.oci import layer_compression
 from soci.tar import Member, iter_members
-from soci.toc import MAX_ENTRIES, TocEntry
+from soci.toc import MAX_ENTRIES, Algorithm, TocEntry
 from soci.ztoc import mtime_ns, xattrs
 from soci_snapshotter.directories import error_of, remove_tree
-from soci_snapshotter.inflated import LAYER_BYTES, Inflated
+from soci_snapshotter.inflated import LAYER_BYTES, Blob, Inflated
+from soci_snapshotter.parents import DIRECTORY, Parents, Parts
+from soci_snapshotter.settle import Implied, settle
 
 NAMES_BYTES = 256 << 20
 """Bytes of directory names kept until a layer is unpacked."""
+IMPLIED_BYTES: Final = 16 << 20
+"""Bytes of the names of directories that one layer implies."""
 PATH_BYTES = 4096
 """Bytes of a path, as the kernel has it for those who unpack by path."""
 LATEST_NS = (1 << 63) - 1
 """Times beyond this are unpacked as 1970, like those before it, as containerd does."""
+EARLY_BYTES: Final = 1 << 18
+"""Files from this size on are sent to the disk as soon as they are written: in the end all must be there."""
 OPAQUE = b".wh..wh..opq"
 WHITEOUT = b".wh."
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_SYNC_FILE_RANGE_WRITE: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """A layer in its directory: bytes and members written, whether the layer lists the root directory itself, and
+    the directories that it implies.
+    """
+
+    written: int
+    entries: int
+    root_listed: bool
+    implied: Sequence[Implied]
 
 
 def unpack(  # noqa: PLR0913  a layer, a place, and what is known of both
@@ -51,32 +72,57 @@ def unpack(  # noqa: PLR0913  a layer, a place, and what is known of both
     lower: Sequence[Path],
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[int, int]:
-    """Unpack ``blob`` into the empty directory ``target``; bytes and entries written, all of them on disk.
+    """Unpack ``blob`` into the empty directory ``target`` over ``lower``; bytes and entries written, all of them on
+    disk. Raises as `unpack_stream`.
+    """
+    algorithm_of(media_type)  # before anything is looked for
+    try:
+        with blob.open("rb") as file:
+            done = unpack_stream(file, target, media_type=media_type, diff_id=diff_id, stopped=stopped)
+        settle(target, lower, done.implied)
+        sync(target)
+    except OSError as error:
+        raise error_of(error, "the layer does not unpack") from error
+    return done.written, done.entries
+
+
+def unpack_stream(
+    blob: Blob, target: Path, *, media_type: str, diff_id: Digest, stopped: Callable[[], bool] = lambda: False
+) -> Unpacked:
+    """Unpack ``blob`` into the empty directory ``target``; nothing is synced.
 
     Raises `Mismatch` where the uncompressed bytes are not ``diff_id``, and other `SociError`s for what does not
     unpack: the directory is then to be thrown away. Ends soon after ``stopped()`` is true.
     """
-    compression = layer_compression(media_type)
-    if compression is None:
-        raise Unsupported(f"a layer of type {media_type[:200]!r} cannot be unpacked here")
+    compression = algorithm_of(media_type)
     digest = new_hash(diff_id)
     try:
-        with blob.open("rb") as file:
-            stream = Inflated(file, digest, algorithm=compression, stopped=stopped)
-            root = os.open(target, _DIRECTORY)
+        root = os.open(target, DIRECTORY)
+        try:
+            layer = _Layer(root)
             try:
-                counts = _unpack(stream, _Layer(root, lower))
-                found = stream.finish()
-                if found != diff_id.partition(":")[2]:
-                    raise Mismatch(f"the unpacked layer is {digest.name}:{found}, the image says {diff_id}")
-                _sync(root)
+                with Inflated(blob, digest, algorithm=compression, stopped=stopped) as stream:
+                    written, entries = _unpack(stream, layer)
+                    found = stream.finish()
             finally:
-                os.close(root)
+                layer.close()
+        finally:
+            os.close(root)
     except OSError as error:
         raise error_of(error, "the layer does not unpack") from error
     except (ValueError, OverflowError) as error:  # a zero byte in a name, an owner beyond 32 bits
         raise InvalidTar(f"the layer does not unpack: {error}") from error
-    return counts
+    if found != diff_id.partition(":")[2]:
+        raise Mismatch(f"the unpacked layer is {digest.name}:{found}, the image says {diff_id}")
+    return Unpacked(written, entries, layer.root_listed, layer.implied())
+
+
+def algorithm_of(media_type: str) -> Algorithm:
+    """How a layer of this type is compressed; `Unsupported` for one that cannot be unpacked."""
+    compression = layer_compression(media_type)
+    if compression is None:
+        raise Unsupported(f"a layer of type {media_type[:200]!r} cannot be unpacked here")
+    return compression
 
 
 def _unpack(stream: Inflated, layer: _Layer) -> tuple[int, int]:
@@ -94,26 +140,42 @@ def _unpack(stream: Inflated, layer: _Layer) -> tuple[int, int]:
 
 @lru_cache(maxsize=1)
 def _libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return libc
 
 
-def _sync(descriptor: int) -> None:
+def sync(target: Path) -> None:
     """Have the file system's data on disk: a snapshot that is committed is still whole after power was lost."""
-    if _libc().syncfs(descriptor) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    descriptor = os.open(target, DIRECTORY)
+    try:
+        if _libc().syncfs(descriptor) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        os.close(descriptor)
 
 
 class _Layer:
     """The directory being filled. Directory times are set at the end, when nothing changes them any more."""
 
-    def __init__(self, root: int, lower: Sequence[Path]) -> None:
+    def __init__(self, root: int) -> None:
         self._root = root
-        self._lower = lower
-        self._times: dict[tuple[bytes, ...], int] = {}
+        self._parents = Parents(root)
+        self._times: dict[Parts, int] = {}
         self._names = 0
+        self._implied: dict[Parts, bool] = {}  # and whether it was listed later on
+        self._implied_names = 0
+        self.root_listed = False
 
-    def _remember(self, parts: tuple[bytes, ...], when: int) -> None:
+    def close(self) -> None:
+        self._parents.close()
+
+    def implied(self) -> tuple[Implied, ...]:
+        """The directories that were implied, each before those below it."""
+        return tuple(Implied(parts, listed=listed) for parts, listed in self._implied.items())
+
+    def _remember(self, parts: Parts, when: int) -> None:
         if parts not in self._times:
             self._names += sum(map(len, parts))
             if self._names > NAMES_BYTES:
@@ -126,40 +188,30 @@ class _Layer:
         parts = split(entry.name)
         if not parts:
             if entry.type == "dir":
-                _attributes(self._root, b".", entry, follow_ok=True)
+                self.root_listed = True
+                _dress(self._root, entry)
                 self._remember((), _time(entry))
             return 0
-        parent = self._open_parent(parts[:-1])
-        try:
-            name = parts[-1]
-            if name == OPAQUE:
-                os.setxattr(f"/proc/self/fd/{parent}", "trusted.overlay.opaque", b"y")
-            elif name.startswith(WHITEOUT):
-                self._whiteout(parent, name[len(WHITEOUT) :])
-            else:
-                return self._entry(parent, name, parts, member)
-        finally:
-            os.close(parent)
-        return 0
-
-    def _whiteout(self, parent: int, hidden: bytes) -> None:
-        if hidden in {b"", b".", b".."} or hidden.startswith(WHITEOUT):
-            return  # aufs's own files; nothing is hidden by them
-        with suppress(FileExistsError):  # a real entry of this layer stands there already
-            os.mknod(hidden, stat.S_IFCHR, os.makedev(0, 0), dir_fd=parent)
-
-    def _entry(self, parent: int, name: bytes, parts: tuple[bytes, ...], member: Member) -> int:
-        entry = member.entry
+        name = parts[-1]
+        if name == OPAQUE:
+            os.setxattr(self._parents.open(parts[:-1], self._imply), "trusted.overlay.opaque", b"y")
+            return 0
+        if name.startswith(WHITEOUT):
+            _whiteout(self._parents.open(parts[:-1], self._imply), name[len(WHITEOUT) :])
+            return 0
         if entry.type == "dir":
-            self._directory(parent, name)
-            self._remember(parts, _time(entry))
-        else:
-            _clear(parent, name)
-            self._times.pop(parts, None)
-        size = 0
+            self._directory(parts, entry)
+            return 0
+        return self._entry(parts, member)
+
+    def _entry(self, parts: Parts, member: Member) -> int:
+        entry, name = member.entry, parts[-1]
+        parent = self._parents.open(parts[:-1], self._imply)
+        self._times.pop(parts, None)
+        if entry.type == "reg":
+            return self._file(parent, parts, member)
+        self._clear(parent, parts)
         match entry.type:
-            case "reg":
-                size = _file(parent, name, member.chunks())
             case "symlink":
                 os.symlink(entry.linkname, name, dir_fd=parent)
             case "hardlink":
@@ -170,95 +222,101 @@ class _Layer:
                 os.mknod(name, kind | 0o600, os.makedev(entry.devmajor, entry.devminor), dir_fd=parent)
             case "fifo":
                 os.mkfifo(name, 0o600, dir_fd=parent)
-        _attributes(parent, name, entry)
+        _dress_by_name(parent, name, entry)
+        return 0
+
+    def _file(self, parent: int, parts: Parts, member: Member) -> int:
+        entry, name = member.entry, parts[-1]
+        mode = stat.S_IMODE(entry.mode) & 0o777  # set at once: the directory above it all is for root alone
+        try:
+            descriptor = os.open(name, _NEW, mode, dir_fd=parent)
+        except FileExistsError:
+            self._clear(parent, parts)
+            descriptor = os.open(name, _NEW, mode, dir_fd=parent)
+        size = 0
+        try:
+            for chunk in member.chunks():
+                written = os.write(descriptor, chunk)
+                if written < len(chunk):
+                    _write_rest(descriptor, chunk, written)
+                size += len(chunk)
+            _dress(descriptor, entry)
+            when = _time(entry)
+            os.utime(descriptor, ns=(when, when))
+            if size >= EARLY_BYTES:
+                _libc().sync_file_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)
+        finally:
+            os.close(descriptor)
         return size
 
-    def _directory(self, parent: int, name: bytes) -> None:
+    def _directory(self, parts: Parts, entry: TocEntry) -> None:
+        parent = self._parents.open(parts[:-1], self._imply)
+        name = parts[-1]
         try:
-            if stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode):
-                return
-        except FileNotFoundError:
             os.mkdir(name, 0o755, dir_fd=parent)
-            return
-        _clear(parent, name)
-        os.mkdir(name, 0o755, dir_fd=parent)
+            self._implied.pop(parts, None)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode):
+                self._clear(parent, parts)
+                os.mkdir(name, 0o755, dir_fd=parent)
+                self._implied.pop(parts, None)
+            elif parts in self._implied:
+                self._implied[parts] = True
+        _dress(self._parents.open(parts), entry)
+        self._remember(parts, _time(entry))
 
     def _hardlink(self, parent: int, name: bytes, entry: TocEntry) -> None:
         target = split(entry.linkname)
         if not target:
             raise InvalidTar(f"hard link {entry.name!r} to the root")
-        other = self._open_parent(target[:-1], make=False)
+        here = os.dup(parent)  # opening another one may close it
         try:
-            os.link(target[-1], name, src_dir_fd=other, dst_dir_fd=parent, follow_symlinks=False)
+            other = self._parents.open(target[:-1])
+            os.link(target[-1], name, src_dir_fd=other, dst_dir_fd=here, follow_symlinks=False)
         finally:
-            os.close(other)
+            os.close(here)
 
-    def _open_parent(self, parts: tuple[bytes, ...], *, make: bool = True) -> int:
-        """A descriptor of the directory ``parts``, made where it is missing."""
-        here = os.dup(self._root)
-        for depth, name in enumerate(parts):
-            try:
-                try:
-                    below = os.open(name, _DIRECTORY, dir_fd=here)
-                except FileNotFoundError:
-                    if not make:
-                        raise
-                    self._imply(here, parts[: depth + 1])
-                    below = os.open(name, _DIRECTORY, dir_fd=here)
-            finally:
-                os.close(here)
-            here = below
-        return here
-
-    def _imply(self, parent: int, parts: tuple[bytes, ...]) -> None:
-        """A directory that the layer implies: 0755 of root, or as the layers below have it."""
+    def _imply(self, parent: int, parts: Parts) -> None:
+        """A directory that the layer implies: 0755 of root, until the layers below are asked."""
         os.mkdir(parts[-1], dir_fd=parent)
         os.chmod(_path(parent, parts[-1]), 0o755)  # noqa: S103  whatever the umask
-        below = self._below(parts)
-        if below is None:
-            return
+        if parts not in self._implied:
+            self._implied_names += sum(map(len, parts)) + len(parts)
+            if self._implied_names > IMPLIED_BYTES:
+                raise LimitExceeded(f"a layer implies directories of more than {IMPLIED_BYTES} bytes (IMPLIED_BYTES)")
+        self._implied[parts] = False
+
+    def _clear(self, parent: int, parts: Parts) -> None:
+        """Take away what an earlier member put at this name."""
+        name = parts[-1]
         try:
-            copy_directory(below, parent, parts[-1])
-            self._remember(parts, os.fstat(below).st_mtime_ns)
-        finally:
-            os.close(below)
-
-    def _below(self, parts: tuple[bytes, ...]) -> int | None:
-        """A descriptor of the directory of that path which the layers below show, if they show one.
-
-        Symlinks are not followed: they were made by an image, and may lead out of it.
-        """
-        for lower in self._lower:
-            here = os.open(lower, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            opaque = False
-            try:
-                for name in parts:
-                    opaque = opaque or _is_opaque(here)
-                    below = os.open(name, _DIRECTORY, dir_fd=here)
-                    os.close(here)
-                    here = below
-            except FileNotFoundError:
-                os.close(here)
-                if opaque:
-                    return None  # it hides what lies still lower
-            except OSError as error:
-                os.close(here)
-                if error.errno in {errno.ENOTDIR, errno.ELOOP}:
-                    return None  # a whiteout, or something else that is no directory, hides it too
-                raise
-            else:
-                return here
-        return None
+            found = os.lstat(name, dir_fd=parent)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISDIR(found.st_mode):
+            os.unlink(name, dir_fd=parent)
+            return
+        self._parents.forget(parts)
+        remove_tree(parent, name)
 
     def finish(self) -> None:
-        """Give directories their times, the deepest first."""
-        for parts, when in sorted(self._times.items(), key=lambda item: len(item[0]), reverse=True):
+        """Give directories their times."""
+        for parts, when in self._times.items():
             with suppress(FileNotFoundError, NotADirectoryError):  # something else stands there by now
-                parent = self._open_parent(parts[:-1], make=False)
-                try:
-                    os.utime(parts[-1] if parts else b".", ns=(when, when), dir_fd=parent, follow_symlinks=False)
-                finally:
-                    os.close(parent)
+                os.utime(self._parents.open(parts), ns=(when, when))
+
+
+def _whiteout(parent: int, hidden: bytes) -> None:
+    if hidden in {b"", b".", b".."} or hidden.startswith(WHITEOUT):
+        return  # aufs's own files; nothing is hidden by them
+    with suppress(FileExistsError):  # a real entry of this layer stands there already
+        os.mknod(hidden, stat.S_IFCHR, os.makedev(0, 0), dir_fd=parent)
+
+
+def _write_rest(descriptor: int, chunk: bytes, written: int) -> None:
+    view = memoryview(chunk)[written:]
+    while view:
+        view = view[os.write(descriptor, view) :]
 
 
 def split(name: bytes) -> tuple[bytes, ...]:
@@ -283,64 +341,29 @@ def _path(parent: int, name: bytes) -> bytes:
     return b"/proc/self/fd/%d/%b" % (parent, name)
 
 
-def _is_opaque(directory: int) -> bool:
-    try:
-        return os.getxattr(directory, "trusted.overlay.opaque") == b"y"
-    except OSError:
-        return False
+def _dress(descriptor: int, entry: TocEntry) -> None:
+    """Owner, then mode (a change of owner clears setuid), then xattrs, of a file or directory that is open."""
+    found = os.fstat(descriptor)
+    mode = stat.S_IMODE(entry.mode)
+    if (found.st_uid, found.st_gid) != (entry.uid, entry.gid):
+        os.chown(descriptor, _id(entry.uid), _id(entry.gid))
+        os.chmod(descriptor, mode)
+    elif stat.S_IMODE(found.st_mode) != mode:
+        os.chmod(descriptor, mode)
+    if entry.pax:
+        _set_xattrs(descriptor, entry)
 
 
-def copy_directory(source: int, parent: int, name: bytes) -> None:
-    """Owner, mode and xattrs of a lower directory, which is open, onto one of this layer."""
-    found = os.fstat(source)
-    os.chown(name, found.st_uid, found.st_gid, dir_fd=parent, follow_symlinks=False)
-    os.chmod(_path(parent, name), stat.S_IMODE(found.st_mode))
-    with suppress(OSError):  # a file system without xattrs
-        for key in os.listxattr(source):
-            if not key.startswith(("trusted.overlay.", "user.overlay.")):
-                with suppress(OSError):
-                    os.setxattr(_path(parent, name), key, os.getxattr(source, key), follow_symlinks=False)
-
-
-def _clear(parent: int, name: bytes) -> None:
-    """Take away what an earlier member put at this name."""
-    try:
-        found = os.lstat(name, dir_fd=parent)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISDIR(found.st_mode):
-        os.unlink(name, dir_fd=parent)
-        return
-    remove_tree(parent, name)
-
-
-def _file(parent: int, name: bytes, chunks: Iterator[bytes]) -> int:
-    size = 0
-    descriptor = os.open(name, _NEW, 0o600, dir_fd=parent)
-    try:
-        for chunk in chunks:
-            view = memoryview(chunk)
-            while view:
-                written = os.write(descriptor, view)
-                view = view[written:]
-                size += written
-    finally:
-        os.close(descriptor)
-    return size
-
-
-def _attributes(parent: int, name: bytes, entry: TocEntry, *, follow_ok: bool = False) -> None:
-    """Owner, then mode (a change of owner clears setuid), then xattrs, then time."""
+def _dress_by_name(parent: int, name: bytes, entry: TocEntry) -> None:
+    """The same, and the time, of what is not to be opened."""
     path = _path(parent, name)
-    os.chown(name, _id(entry.uid), _id(entry.gid), dir_fd=parent, follow_symlinks=follow_ok)
+    os.chown(name, _id(entry.uid), _id(entry.gid), dir_fd=parent, follow_symlinks=False)
     if entry.type != "symlink":
         os.chmod(path, stat.S_IMODE(entry.mode))
-    for key, value in xattrs(entry).items():
-        if not key.startswith(b"trusted."):  # an image may not steer overlayfs; containerd leaves them out too
-            _set_xattr(path, key, value)
-    if entry.type != "dir":
-        when = _time(entry)
-        os.utime(name, ns=(when, when), dir_fd=parent, follow_symlinks=False)
+    if entry.pax:
+        _set_xattrs(path, entry)
+    when = _time(entry)
+    os.utime(name, ns=(when, when), dir_fd=parent, follow_symlinks=False)
 
 
 def _time(entry: TocEntry) -> int:
@@ -353,10 +376,16 @@ def _id(number: int) -> int:
     return number - 2**32 if number >= 2**31 else number
 
 
-def _set_xattr(path: bytes, key: bytes, value: bytes) -> None:
-    try:
-        os.setxattr(path, key, value, follow_symlinks=False)
-    except OSError as error:
-        # what the file system or the kernel will not take is left out, as containerd leaves it out
-        if error.errno not in {errno.EOPNOTSUPP, errno.EPERM}:
-            raise
+def _set_xattrs(where: int | bytes, entry: TocEntry) -> None:
+    for key, value in xattrs(entry).items():
+        if key.startswith(b"trusted."):  # an image may not steer overlayfs; containerd leaves them out too
+            continue
+        try:
+            if isinstance(where, int):
+                os.setxattr(where, key, value)
+            else:
+                os.setxattr(where, key, value, follow_symlinks=False)
+        except OSError as error:
+            # what the file system or the kernel will not take is left out, as containerd leaves it out
+            if error.errno not in {errno.EOPNOTSUPP, errno.EPERM}:
+                raise

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of an image while it is pulled, asked once for all its layers; and work begun before it is called for.
+
+containerd prepares an image's layers one after another, from the bottom. At the first of them we know which follow,
+and how each will come: the lazy ones have their zTOCs brought, the whole ones are downloaded and unpacked side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from soci.digest import Digest
+from soci.errors import DeadlineExceeded, NoIndex, SociError
+from soci.launch import TraceParent
+from soci.reference import parse_reference
+from soci_bus.asks import Answer, Ask, FindIndex, ImageConfig, IndexFound, PrepareLayer, ReadImageConfig
+from soci_bus.face import Bus
+from soci_cache import LayerStore
+from soci_runtime.flights import Flights, join
+from soci_runtime.logs import log
+from soci_snapshotter.estimate import Link, Need
+from soci_snapshotter.history import History
+from soci_snapshotter.labels import RemoteLabels
+from soci_snapshotter.mode import Defer, Facts, Lazy, Rules, Whole, choose
+from soci_snapshotter.whole import WantedLayer
+
+IMAGES_KEPT = 256
+"""Images whose facts are kept; the one unused for longest goes first."""
+IMAGE_TTL = 60.0
+"""Seconds for which an image's facts are kept after they were asked for: a pull is mostly shorter. That there is no
+index is not kept at all here: the fetchers remember it, for as long as ``index_failure_ttl_sec`` says."""
+AHEAD_AT_ONCE = 8
+"""zTOCs that are asked for ahead at a time."""
+AHEAD_LAYERS = 512
+"""Layers of an image that are looked at ahead."""
+
+T = TypeVar("T")
+
+
+class WholeJobs(Protocol):
+    """What is needed here of `soci_snapshotter.whole.WholeLayers`."""
+
+    def begin(self, image: str, manifest: Digest, wanted: Sequence[WantedLayer], trace: TraceParent | None) -> None:
+        """Start to bring these layers, in this order."""
+        ...
+
+
+@dataclass(slots=True)
+class Image:
+    """What is known of an image now."""
+
+    index: IndexFound | None = None
+    no_index: str = ""
+    config: ImageConfig | None = None
+    no_config: str = ""
+    link: Link | None = None
+
+    def place(self, layer: Digest) -> int | None:
+        """Where the layer is in the image, from the bottom; None where the image does not say."""
+        if self.config is None or layer not in self.config.layers:
+            return None
+        return self.config.layers.index(layer)
+
+    def size(self, layer: Digest) -> int | None:
+        """Bytes of the layer's blob, where the manifest was read."""
+        place = self.place(layer)
+        return (
+            self.config.sizes[place] if self.config and place is not None and place < len(self.config.sizes) else None
+        )
+
+    def wanted(self, layer: Digest) -> WantedLayer | None:
+        """The layer as a whole one; None where its diff_id is not known."""
+        place = self.place(layer)
+        if self.config is None or place is None:
+            return None
+        if place >= min(len(self.config.media_types), len(self.config.diff_ids)):
+            return None
+        return WantedLayer(layer, self.size(layer), self.config.media_types[place], self.config.diff_ids[place])
+
+
+@dataclass(slots=True)
+class _Known:
+    until: float
+    index: asyncio.Future[IndexFound] | None = None
+    config: asyncio.Future[ImageConfig] | None = None
+    looked_ahead: set[Digest] = field(default_factory=set)
+
+
+class Images:
+    """The images that are being pulled. Bookkeeping is done between two awaits, so it needs no lock."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  its ways out
+        self,
+        bus: Bus,
+        flights: Flights,
+        whole: WholeJobs,
+        history: History,
+        cache: LayerStore,
+        rules: Rules,
+        *,
+        timeout: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bus = bus
+        self._flights = flights
+        self._whole = whole
+        self._history = history
+        self._cache = cache
+        self._rules = rules
+        self._timeout = timeout
+        self._clock = clock
+        self._known: OrderedDict[tuple[str, Digest, Digest | None], _Known] = OrderedDict()
+        self._ahead = asyncio.Semaphore(AHEAD_AT_ONCE)
+
+    async def facts(self, labels: RemoteLabels, trace: TraceParent, ends: float) -> tuple[Image, Facts]:
+        """What the decision about this layer needs; on the way, work on the layers above it is begun."""
+        known = self._of(labels)
+        image = Image()
+        # both under way before either is waited for; a failure is not kept here
+        config = _good(known.config) or self._ask(ReadImageConfig(labels.image, labels.manifest), trace)
+        known.config = config
+        if not self._rules.always_whole:
+            ask = FindIndex(labels.image, labels.manifest, labels.explicit_index)
+            index = _good(known.index) or self._ask(ask, trace)
+            known.index = index
+            try:
+                image.index = await _until(index, ends)
+                image.link = await asyncio.to_thread(self._link, labels.image, image.index)
+            except NoIndex as error:
+                image.no_index = str(error)
+            except SociError as error:
+                image.no_index = f"no index could be looked for: {error}"
+        if image.index or self._rules.always_whole or self._rules.whole_without_index:
+            try:
+                image.config = await _until(config, ends)
+            except SociError as error:
+                image.no_config = str(error)
+        facts = await asyncio.to_thread(self._facts, image, labels.layer, labels.size)
+        mode = choose(facts, self._rules)
+        if not isinstance(mode, Defer):  # else containerd brings all that follow
+            await self._look_ahead(known, image, labels, trace)
+        return image, facts
+
+    def saw_need(self, layer: Digest, ztoc: Digest) -> None:
+        """Note what a launch has needed of a lazy layer by now. Blocks on the disk."""
+        here = self._cache.here(layer, ztoc)
+        if here and here.present:
+            self._history.saw_need(layer, Need(here.share, here.runs))
+
+    async def _look_ahead(self, known: _Known, image: Image, labels: RemoteLabels, trace: TraceParent) -> None:
+        """Begin with this layer and those above it, each once: they are called for next."""
+        place = image.place(labels.layer)
+        if image.config is None or place is None:
+            return
+        layers = [one for one in image.config.layers[place:][:AHEAD_LAYERS] if one not in known.looked_ahead]
+        known.looked_ahead.update(layers)
+        modes = await asyncio.to_thread(lambda: [choose(self._facts(image, one), self._rules) for one in layers])
+        whole: list[WantedLayer] = []
+        for layer, mode in zip(layers, modes, strict=True):
+            wanted = image.wanted(layer) if isinstance(mode, Whole) else None
+            if wanted:
+                whole.append(wanted)
+            elif isinstance(mode, Lazy) and layer != labels.layer:
+                size = image.size(layer)
+                ask = PrepareLayer(labels.image, layer, size, mode.ztoc.ztoc, mode.ztoc.ztoc_size)
+                self._flights.start(f"the zTOC of {layer}", self._prepare_ahead(ask, trace))
+        if whole:
+            self._whole.begin(labels.image, labels.manifest, whole, trace)
+
+    async def _prepare_ahead(self, ask: PrepareLayer, trace: TraceParent) -> None:
+        try:
+            async with self._ahead:
+                await self._bus.ask(ask, timeout=self._timeout, trace=trace)
+        except SociError as error:  # it is asked for again when the layer's turn comes, and counts then
+            log.debug("a zTOC did not come ahead of time", layer=ask.layer, error=error)
+
+    def _facts(self, image: Image, layer: Digest, size: int | None = None) -> Facts:
+        """The facts about one layer. Looks at the cache's maps and the history: blocks on the disk."""
+        indexed = next((one for one in image.index.layers if one.layer == layer), None) if image.index else None
+        here = self._cache.here(layer, indexed.ztoc) if indexed else None
+        known = image.size(layer)
+        return Facts(
+            layer,
+            index=image.index,
+            no_index=image.no_index,
+            size=size if known is None else known,
+            here=here.share if here else 0.0,
+            link=image.link,
+            need=self._history.need(layer) if indexed else None,
+        )
+
+    def _link(self, image: str, index: IndexFound) -> Link | None:
+        """The link to the image's registry, as a fetcher sees it now, else as one saw it last. Blocks on the disk."""
+        registry = parse_reference(image).registry
+        if index.bytes_per_second <= 0:
+            return self._history.link(registry)
+        link = Link(index.bytes_per_second, index.round_trip)
+        self._history.saw_link(registry, link)
+        return link
+
+    def _ask(self, ask: Ask[Answer], trace: TraceParent) -> asyncio.Future[Answer]:
+        """Ask once for all who want to know; the first who asks lends the trace."""
+        return self._flights.start(f"the {ask.verb} ask", self._bus.ask(ask, timeout=self._timeout, trace=trace))
+
+    def _of(self, labels: RemoteLabels) -> _Known:
+        key = (labels.image, labels.manifest, labels.explicit_index)
+        known = self._known.get(key)
+        now = self._clock()
+        if known is None or known.until <= now:
+            known = self._known[key] = _Known(now + IMAGE_TTL)
+        self._known.move_to_end(key)
+        while len(self._known) > IMAGES_KEPT:
+            self._known.popitem(last=False)
+        return known
+
+
+def _good(answer: asyncio.Future[T] | None) -> asyncio.Future[T] | None:
+    """The answer, if it is no failure and may still come."""
+    failed = answer is not None and answer.done() and answer.exception() is not None
+    return None if failed else answer
+
+
+async def _until(answer: asyncio.Future[T], ends: float) -> T:
+    """Wait for what others wait for too, at most until the loop's time ``ends``."""
+    try:
+        async with asyncio.timeout_at(ends):
+            return await join(answer)
+    except TimeoutError as error:
+        raise DeadlineExceeded("there was no answer within mount_timeout_sec") from error
