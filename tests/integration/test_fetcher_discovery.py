@@ -23,9 +23,9 @@ from soci_dev.proxy import Proxy
 from soci_fetcher import finder
 from soci_fetcher.discovery import find_index
 from soci_fetcher.finder import Finder
-from soci_fetcher.flights import Flights
 from soci_indexing.discovery import choose_referrer
 from soci_registry import NoCredentials, Registry
+from soci_runtime.flights import Flights
 from support.fetching import CONTEXT, PATIENCE, push_annotated, push_index, small_image
 
 ZTOC = b"a zTOC, as far as a registry can tell"

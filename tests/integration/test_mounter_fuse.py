@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from soci.digest import hex_of, sha256_digest
-from soci.errors import AlreadyExists, NotFound
+from soci.errors import AlreadyExists, InvalidInput, NotFound
 from soci.ztoc import encode_ztoc
 from soci_cache import LayerStore
 from soci_mounter import kernel
@@ -62,8 +62,8 @@ class Bench:
         (self.blobs / hex_of(made.layer)).write_bytes(made.blob)
         return {"image": "registry/image", "layer": made.layer, "ztoc": made.ztoc_digest}
 
-    def mount(self, server: Server, name: str, made: Made, lower: tuple[str, ...] = ()) -> Path:
-        return Path(server.ask("mount", mount=name, lower=lower, **self.layer(made)))
+    def mount(self, server: Server, name: str, made: Made, lower: tuple[str, ...] = (), **manner: Any) -> Path:
+        return Path(server.ask("mount", mount=name, lower=lower, **manner, **self.layer(made)))
 
     def present(self, made: Made) -> int:
         with LayerStore(self.root / "cache").read(made.layer, made.ztoc_digest) as reader:
@@ -85,9 +85,9 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         made.close()
 
 
-def described(root: Path) -> dict[str, tuple[object, ...]]:
+def described(root: Path) -> dict[str, tuple[Any, ...]]:
     """Everything that a program can see of a tree: path → type, mode, owner, size, time, target, attributes, bytes."""
-    found: dict[str, tuple[object, ...]] = {}
+    found: dict[str, tuple[Any, ...]] = {}
     inodes: dict[int, str] = {}
     for folder, folders, names in os.walk(root):
         for name in sorted(folders) + sorted(names):
@@ -498,3 +498,87 @@ def test_misses_belong_to_the_launch_that_was_attached(bench: Bench, full: Made)
     (path / "big").read_bytes()
     assert server.ask("fetched")[1][-1] == launch
     assert launch in {of for name, of, _ in server.ask("events") if name == "Missed"}
+
+
+MAPS: dict[str, Any] = {"uid_map": [[0, 100_000, 1001]], "gid_map": [[0, 200_000, 1001]]}
+
+
+def test_one_layer_is_shown_with_several_owners(bench: Bench, full: Made, tmp_path: Path) -> None:
+    """A second showing has other owners and is the same layer in all else; its spans are fetched once, and it is there
+    again, with the same owners, after the mounter was killed."""
+    server = bench.start()
+    plain, mapped = bench.mount(server, "m1", full), bench.mount(server, "m1_7", full, **MAPS)
+    before, after = described(plain), described(mapped)
+    fetched, _ = server.ask("fetched")
+    spans = [span for first, last, _, _ in fetched for span in range(first, last + 1)]
+    assert len(spans) == len(set(spans)), "each span was fetched once for both"
+    assert before.keys() == after.keys()
+    expected = {
+        # the group 1001 of etc is the first that the map leaves out
+        key: (mode, uid + 100_000, gid + 200_000 if gid <= 1000 else 65_534, *rest)
+        for key, (mode, uid, gid, *rest) in before.items()
+    }
+    assert {key: (after[key], value) for key, value in expected.items() if after[key] != value} == {}
+    assert (mapped.stat().st_uid, mapped.stat().st_gid) == (100_000, 200_000)
+
+    server.end(signal.SIGKILL)
+    successor = bench.start()
+    assert successor.ask("check", mounts=["m1", "m1_7"]) == ["m1", "m1_7"]
+    assert (plain / "bin/tool").stat().st_uid == 7
+    assert (mapped / "bin/tool").stat().st_uid == 100_007
+    successor.ask("unmount", mount="m1_7")
+    assert (plain / "bin/tool").read_bytes() == noise(300_000)
+
+
+def test_nobodys_files_cannot_become_somebodys(bench: Bench, tmp_path: Path) -> None:
+    """Whom a map leaves out is the kernel's invalid owner, as on an id-mapped mount: even root may not change the
+    file through an overlay, though a real user of the number 65534 could."""
+    made = make([item("mine", b"m", uid=0), item("nobodys", b"n", uid=5000, mode=0o644)])
+    lower = bench.mount(bench.start(), "m1_2", made, **MAPS)
+    top, work, merged = (tmp_path / name for name in ("top", "work", "merged"))
+    for folder in (top, work, merged):
+        folder.mkdir()
+    bench.mounted.append(merged)
+    options = f"lowerdir={lower},upperdir={top},workdir={work}"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(merged)], check=True, timeout=20)
+    assert (merged / "nobodys").read_bytes() == b"n"
+    assert (merged / "nobodys").stat().st_uid == 65_534
+    fails_with(errno.EPERM, lambda: os.chown(merged / "nobodys", 100_000, 200_000))
+    (merged / "mine").write_bytes(b"changed")
+    assert (top / "mine").stat().st_uid == 100_000
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"uid_map": [[0, 1, 1]]},
+        {"gid_map": [[0, 1, 1]]},
+        {"uid_map": [[0, 1, 0]], "gid_map": [[0, 1, 1]]},
+        {"uid_map": [[0, 1, 5], [3, 100, 5]], "gid_map": [[0, 1, 1]]},
+    ],
+)
+def test_maps_that_are_none_are_refused(bench: Bench, full: Made, wrong: dict[str, Any]) -> None:
+    """One without the other, an empty extent, extents that overlap: nothing is shown."""
+    server = bench.start()
+    with pytest.raises(InvalidInput):
+        bench.mount(server, "m1_1", full, **wrong)
+    assert server.ask("check", mounts=["m1_1"]) == []
+
+
+def test_opaque_directories_for_overlayfs_in_a_user_namespace(bench: Bench, tmp_path: Path) -> None:
+    """With ``user_xattrs`` the mark is ``user.overlay.opaque`` alone, and an overlay with ``userxattr`` obeys it."""
+    directory: dict[str, Any] = {"kind": tarfile.DIRTYPE, "mode": 0o755}
+    base = make([item("box/", **directory), item("box/hidden", b"hidden"), item("gone", b"")])
+    upper = make([item("box/", **directory), item("box/.wh..wh..opq"), item("box/new", b"new"), item(".wh.gone")])
+    server = bench.start()
+    one = bench.mount(server, "m1", base, user_xattrs=True)
+    two = bench.mount(server, "m2", upper, (str(one),), user_xattrs=True)
+    assert os.listxattr(two / "box") == ["user.overlay.opaque"]
+    fails_with(errno.ENODATA, lambda: os.getxattr(two / "box", "trusted.overlay.opaque"))
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    bench.mounted.append(merged)
+    options = f"lowerdir={two}:{one},userxattr"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(merged)], check=True, timeout=20)
+    assert [entry.name for entry in merged.iterdir()] == ["box"]
+    assert [entry.name for entry in (merged / "box").iterdir()] == ["new"]

@@ -21,10 +21,10 @@ from soci_bus.face import Context
 from soci_cache import LayerStore
 from soci_dev import image
 from soci_dev.tarball import member
-from soci_fetcher.flights import Flights
 from soci_fetcher.layers import LayerFetcher
 from soci_fetcher.spans import SpanFetcher
 from soci_registry import NoCredentials, Registry, RegistrySettings
+from soci_runtime.flights import Flights
 from support.bus import LAUNCH, LIMIT
 from support.images import noise
 from support.mounter_layers import Made

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from soci.idmap import NO_ID, IdMap
 from soci.toc import TocEntry
 from soci.tree import LayerTree, Node
 from soci_mounter import numbers
-from soci_mounter.filesystem import OPAQUE, FileSystem, Inherited
+from soci_mounter.filesystem import OPAQUE, USER_OPAQUE, FileSystem, Inherited, Manner
 
 NOON = "2020-01-01T12:00:00Z"
 ENTRIES = [
@@ -221,3 +222,30 @@ def test_implied_directories_show_what_they_inherit(tmp_path: Path) -> None:
 def test_statfs_is_that_of_the_cache(files: FileSystem, tmp_path: Path) -> None:
     """The numbers are those of the file system that holds the cache."""
     assert files.statfs().f_blocks == os.statvfs(tmp_path).f_blocks
+
+
+def test_a_manner_changes_owners_and_the_opaque_mark(tmp_path: Path) -> None:
+    """Owners of members and inherited ones go through the maps, and one mark of opaque directories is shown, not both."""
+    files = FileSystem(tmp_path)
+    tree = LayerTree.of(ENTRIES)
+    root = {0: Inherited(stat.S_IFDIR | 0o755, 2, 9, 0)}
+    manner = Manner(IdMap.of([(0, 1000, 4)]), IdMap.of([(2, 50, 3)]), USER_OPAQUE)
+    files.show("plain", tree, Source(), root)
+    files.show("mapped", tree, Source(), root, manner)
+
+    def owners(*names: bytes) -> tuple[int, int]:
+        found = files.getattr(walk(files, *names))
+        return found.uid, found.gid
+
+    assert owners(b"plain") == (2, 9)
+    assert owners(b"mapped") == (1002, NO_ID)
+    assert owners(b"mapped", b"dir") == (1001, 50)
+    assert owners(b"mapped", b"dir", b"file") == (1003, 52)
+    assert owners(b"plain", b"dir", b"file") == (3, 4)
+    for name, mark, other in ((b"plain", OPAQUE, USER_OPAQUE), (b"mapped", USER_OPAQUE, OPAQUE)):
+        ino = walk(files, name, b"opaque")
+        assert files.listxattr(ino) == [mark]
+        assert files.getxattr(ino, mark) == b"y"
+        with pytest.raises(OSError) as info:
+            files.getxattr(ino, other)
+        assert code(info) == errno.ENODATA

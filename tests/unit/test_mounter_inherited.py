@@ -12,7 +12,7 @@ import pytest
 from soci.errors import Unavailable
 from soci.toc import TocEntry
 from soci.tree import LayerTree
-from soci_mounter.filesystem import OPAQUE, Inherited
+from soci_mounter.filesystem import OPAQUE, USER_OPAQUE, Inherited
 from soci_mounter.inherited import inherit
 
 TREE = LayerTree.of([TocEntry(b"a/b/file", "reg", 512, 0, mod_time="2020-01-01T00:00:00Z")])
@@ -34,13 +34,13 @@ def folder(path: Path, mode: int) -> None:
     os.utime(path, ns=(7, 7))
 
 
-def find(lowers: list[Path], path: bytes) -> Inherited | None:
+def find(lowers: list[Path], path: bytes, mark: bytes = OPAQUE) -> Inherited | None:
     node = 0
     for part in path.split(b"/"):
         found = TREE.lookup(node, part)
         assert found is not None
         node = found
-    return inherit(TREE, [str(lower) for lower in lowers]).get(node)
+    return inherit(TREE, [str(lower) for lower in lowers], mark).get(node)
 
 
 def test_the_nearest_layer_that_has_the_directory_gives_its_attributes(lowers: list[Path]) -> None:
@@ -85,6 +85,20 @@ def test_an_opaque_directory_hides_what_is_below_it(lowers: list[Path]) -> None:
     assert a.mode == stat.S_IFDIR | 0o711
     assert a.xattrs == {}
     assert find(lowers, b"a/b") is None
+
+
+def test_the_opaque_mark_of_a_user_namespace(lowers: list[Path]) -> None:
+    """Where overlayfs keeps ``user.overlay.*`` that mark hides, the other does not, and neither is inherited."""
+    near, far = lowers
+    folder(far / "a/b", 0o700)
+    folder(near / "a", 0o711)
+    os.setxattr(near / "a", USER_OPAQUE, b"y")
+    assert find(lowers, b"a/b") is not None
+    assert find(lowers, b"a/b", USER_OPAQUE) is None
+    for mark in (OPAQUE, USER_OPAQUE):
+        found = find(lowers, b"a", mark)
+        assert found is not None
+        assert found.xattrs == {}
 
 
 def test_the_root_takes_only_its_owner(lowers: list[Path]) -> None:

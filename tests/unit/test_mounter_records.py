@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -40,6 +42,29 @@ def test_a_record_comes_back_as_it_was(sequence: int, taken: dict[bytes, Inherit
     assert decode(encode(record)) == record
 
 
+@pytest.mark.parametrize(
+    ("change", "version"),
+    [
+        ({}, 1),
+        ({"uid_map": ((0, 1, 2), (5, 6, 7)), "gid_map": ((0, 100, 65_536),)}, 2),
+        ({"user_xattrs": True}, 2),
+    ],
+)
+def test_the_manner_of_a_mount_comes_back(change: dict[str, Any], version: int) -> None:
+    """Maps and marks survive the file, which an older program then refuses: it would show other owners."""
+    record = Record(replace(ask(), **change), 1)
+    assert decode(encode(record)) == record
+    assert json.loads(encode(record))["version"] == version
+
+
+def test_a_record_of_the_first_form_is_read() -> None:
+    """Files written before there were maps are mounts without any."""
+    value = json.loads(encode(Record(ask(), 1)))
+    for field in ("uid_map", "gid_map", "user_xattrs"):
+        del value[field]
+    assert decode(json.dumps(value).encode()) == Record(ask(), 1)
+
+
 @given(st.binary())
 def test_bytes_that_are_no_record_are_refused(content: bytes) -> None:
     """Whatever stands in the file, the answer is a record or `InvalidInput`."""
@@ -47,7 +72,20 @@ def test_bytes_that_are_no_record_are_refused(content: bytes) -> None:
         decode(content)
 
 
-@pytest.mark.parametrize("change", [{"version": 2}, {"layer": "x"}, {"mount": "../x"}, {"lower": 3}, {"inherited": []}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 3},
+        {"layer": "x"},
+        {"mount": "../x"},
+        {"lower": 3},
+        {"inherited": []},
+        {"uid_map": [[0, 1, 1]]},
+        {"uid_map": [[0, 1]], "gid_map": [[0, 1]]},
+        {"uid_map": [[0, 1, 0]], "gid_map": [[0, 1, 1]]},
+        {"uid_map": 5},
+    ],
+)
 def test_damaged_records_are_refused(change: dict[str, object]) -> None:
     """A field that cannot be is `InvalidInput`, a record of a newer version too."""
     value = json.loads(encode(Record(ask(), 1))) | change

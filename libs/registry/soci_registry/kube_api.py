@@ -41,6 +41,10 @@ WATCH_GRACE_SECONDS = 15.0
 """A watch that stays silent so much longer than that is a connection that has died without a word."""
 
 
+TAKEN = "taken"
+"""The first change of a watch: the server has taken it. Real kinds are written in capitals."""
+
+
 class GoneError(Exception):
     """The server no longer knows this version: everything must be listed again."""
 
@@ -83,7 +87,7 @@ class KubeApi:
         return await asyncio.to_thread(_page, body, self._cluster.server)
 
     async def watch(self, version: str) -> AsyncGenerator[Change, None]:
-        """The changes since ``version``, until the server ends the watch. Raises `GoneError` too."""
+        """`TAKEN`, then the changes since ``version``, until the server ends the watch. Raises `GoneError` too."""
         parameters = {
             "fieldSelector": SELECTOR,
             "watch": "1",
@@ -92,6 +96,7 @@ class KubeApi:
             "timeoutSeconds": str(WATCH_SECONDS),
         }
         async with self._answer(parameters, WATCH_SECONDS + WATCH_GRACE_SECONDS) as answer:
+            yield Change(TAKEN, {})
             rest = b""
             async for chunk in answer.aiter_raw():
                 *lines, rest = (rest + chunk).split(b"\n")

@@ -20,9 +20,12 @@ from typing import Self
 from soci.errors import SociError, Unavailable
 from soci_registry.credentials import NONE_REFUSED, Login, Refused
 from soci_registry.health import Tell, silent
-from soci_registry.kube_api import PAGES_MAX, GoneError, KubeApi, connected
+from soci_registry.kube_api import PAGES_MAX, TAKEN, GoneError, KubeApi, connected
 from soci_registry.kube_login import Name, SecretBook, parse_secret
 from soci_registry.kubeconfig import Cluster, in_cluster, kubeconfig_path, read_kubeconfig
+
+SHORT_WATCH = 10
+"""A watch that ends within so many times the pause that would follow is one that the server does not mean to keep."""
 
 BAD_SECRETS_REMEMBERED = 1024
 """Bad secrets that are not told of again."""
@@ -111,7 +114,7 @@ class KubeSecrets:
                 begun = asyncio.get_running_loop().time()
                 async with connected(cluster) as api:
                     await self._round(api)
-                if asyncio.get_running_loop().time() - begun > pause:
+                if asyncio.get_running_loop().time() - begun > pause * SHORT_WATCH:
                     pause = self._times.retry_min
                     continue
                 # A server that ends each watch at once must not be asked without a rest.
@@ -149,10 +152,12 @@ class KubeSecrets:
         now = asyncio.get_running_loop().time()
         if not self._version or now - self._listed > self._times.list_again:
             await self._list(api)
-        self._succeeded()
+            self._succeeded()
         try:
             async with aclosing(api.watch(self._version)) as changes:
                 async for change in changes:
+                    if change.kind == TAKEN:
+                        self._succeeded()
                     self._take(change.kind, change.secret)
         except GoneError:
             self._version = ""

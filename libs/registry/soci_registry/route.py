@@ -59,7 +59,7 @@ class Route:
 
 
 def route_of(own: Place, hosts: tuple[Host, ...], repository: str, registry: str) -> Route:
-    """The route over ``hosts``, the registry's own the last of them. ``own`` is where to push.
+    """The route over ``hosts``, the registry's own the last of them: pushes go there, or to ``own`` if it may not.
 
     `InvalidConfig` where no host may be asked for content.
     """
@@ -68,4 +68,4 @@ def route_of(own: Place, hosts: tuple[Host, ...], repository: str, registry: str
     resolve = tuple(place for host, place in pairs if RESOLVE in host.capabilities)
     if not pull or not resolve:
         raise InvalidConfig(f"{registry}: none of its hosts may be asked to {RESOLVE if pull else PULL}")
-    return Route(own, pull, resolve)
+    return Route(pairs[-1][1] if PUSH in pairs[-1][0].capabilities else own, pull, resolve)

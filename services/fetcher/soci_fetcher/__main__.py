@@ -8,12 +8,12 @@ from soci_bus.nats import connect
 from soci_cache import LayerStore
 from soci_fetcher.access import BusQuestion, host_book, logins, registry_settings, tell
 from soci_fetcher.finder import Finder
-from soci_fetcher.flights import Flights
 from soci_fetcher.layers import LayerFetcher
 from soci_fetcher.links import Links
 from soci_fetcher.spans import SpanFetcher
 from soci_registry import Registry
 from soci_runtime.config import Config
+from soci_runtime.flights import Flights
 from soci_runtime.serve import Process, service_command, trouble
 
 QUEUE = "fetchers"

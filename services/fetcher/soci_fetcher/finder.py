@@ -15,9 +15,9 @@ from soci.launch import TraceParent
 from soci_bus.asks import FindIndex, IndexFound
 from soci_bus.face import Context
 from soci_fetcher.discovery import find_index
-from soci_fetcher.flights import Flights, join
 from soci_fetcher.links import Links
 from soci_registry import Registry
+from soci_runtime.flights import Flights, join
 from soci_runtime.tracing import step
 
 REMEMBERED = 1024

@@ -19,9 +19,9 @@ from soci.errors import InvalidInput, LimitExceeded, Mismatch, SociError
 from soci.inflate import inflate_stream
 from soci.span import Spans
 from soci_cache import LayerWriter
-from soci_fetcher.flights import in_thread
 from soci_fetcher.runs import RUN_BYTES
 from soci_registry import Repository
+from soci_runtime.flights import in_thread
 
 LARGE_BYTES = 64 << 20
 """Bytes of a span, compressed or not, beyond which it is large: so much is the most that one span takes of memory."""

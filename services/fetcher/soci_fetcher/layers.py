@@ -30,9 +30,9 @@ from soci_bus.face import Context
 from soci_cache import LayerStore
 from soci_cache.arriving import announce, beside, forget
 from soci_cache.store import ZTOC_LIMIT
-from soci_fetcher.flights import in_thread
 from soci_fetcher.whole import Permits, WholeBlobs
 from soci_registry import Registry
+from soci_runtime.flights import in_thread
 
 CONFIG_LIMIT = 8 << 20
 """Bytes of an image's config blob."""

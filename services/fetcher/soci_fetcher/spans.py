@@ -19,12 +19,12 @@ from soci_bus.asks import FetchSpans, SpansFetched
 from soci_bus.events import NO_LAUNCH, Event, FetchFailed, SpanRejected, SpansArrived
 from soci_bus.face import Context
 from soci_cache import LayerStore, LayerWriter
-from soci_fetcher.flights import Flights, in_thread, join
 from soci_fetcher.large import bring as bring_large
 from soci_fetcher.large import decompressed, is_large, seconds_of
 from soci_fetcher.links import Links
 from soci_fetcher.runs import RUN_BYTES, cut, runs
 from soci_registry import Registry
+from soci_runtime.flights import Flights, in_thread, join
 from soci_runtime.tracing import step
 
 OPEN_LAYERS = 64

@@ -68,17 +68,18 @@ def overlay_takes(release: str) -> bool:
     return found is not None and (int(found[1]), int(found[2])) >= OVERLAY_SINCE
 
 
-def seen_outside(folder: Path, mountinfo: str, own: str, first: str, pids: str) -> bool:
+def seen_outside(folder: Path, mountinfo: str, first: str, pids: str) -> bool:
     """Does containerd see what is mounted in ``folder`` by us? Not where we are in a mount namespace of our own.
 
-    ``own`` and ``first`` are the mount namespaces of this process and of process 1, ``pids`` is our pid namespace: 1
-    is the machine's only in the first of these. A mount namespace of our own will do where the folder's mount is
-    shared: the kernel hands on what is mounted there.
+    ``mountinfo`` and ``first`` are what this process and process 1 see of mounts, ``pids`` is our pid namespace: 1 is
+    the machine's only in the first of these. A mount has one number in one mount namespace, and another in the next.
+    A mount namespace of our own will do where the folder's mount is shared: the kernel hands on what is mounted there.
     """
-    if own == first and pids == _FIRST_PID_NAMESPACE:
+    lines = [line.split(" ") for line in mountinfo.splitlines()]
+    if pids == _FIRST_PID_NAMESPACE and {words[0] for words in lines} & set(re.findall(r"^\d+", first, re.MULTILINE)):
         return True
     holder = max(
-        (line.split(" ") for line in reversed(mountinfo.splitlines()) if folder.is_relative_to(_path(line))),
+        (words for words in reversed(lines) if folder.is_relative_to(_unescape(words[4]))),
         key=lambda words: len(_unescape(words[4])),  # of mounts on one directory the last, which hides the others
         default=["-"],
     )
@@ -88,10 +89,10 @@ def seen_outside(folder: Path, mountinfo: str, own: str, first: str, pids: str) 
 def mounts_are_seen(folder: Path) -> bool:
     """As `seen_outside`, for this process."""
     try:
-        own, first, pids = (os.readlink(f"/proc/{name}") for name in ("self/ns/mnt", "1/ns/mnt", "self/ns/pid"))  # noqa: PTH115
+        first, pids = _mountinfo("1"), os.readlink("/proc/self/ns/pid")  # noqa: PTH115
     except OSError:  # not allowed to look: then it is not ours
-        own, first, pids = "", "1", ""
-    return seen_outside(folder.resolve(), _mountinfo(), own, first, pids)
+        first, pids = "", ""
+    return seen_outside(folder.resolve(), _mountinfo(), first, pids)
 
 
 def is_mounted(place: Path) -> bool:
@@ -173,8 +174,8 @@ def _call(number: int, *arguments: object) -> int:
     return result
 
 
-def _mountinfo() -> str:
-    return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+def _mountinfo(process: str = "self") -> str:
+    return Path(f"/proc/{process}/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def _path(line: str) -> Path:

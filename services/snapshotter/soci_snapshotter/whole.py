@@ -66,6 +66,7 @@ class Arrived:
     """A blob that is whole, in a file that is gone when the call with it ends."""
 
     image: str
+    manifest: Digest
     namespace: str
     wanted: WantedLayer
     size: int
@@ -79,6 +80,7 @@ Keep = Callable[[Arrived], Awaitable[None]]
 @dataclass(frozen=True, slots=True)
 class _Plan:
     image: str
+    manifest: Digest
     namespace: str
     trace: TraceParent | None
     wanted: OrderedDict[Digest, WantedLayer]
@@ -169,7 +171,7 @@ class WholeLayers:
         plan = self._plans.pop(manifest, None)
         known = plan.wanted if plan else OrderedDict[Digest, WantedLayer]()
         known.update((one.layer, one) for one in wanted)
-        plan = self._plans[manifest] = _Plan(image, namespace, trace, known)
+        plan = self._plans[manifest] = _Plan(image, manifest, namespace, trace, known)
         while len(self._plans) > PLANS:
             self._plans.popitem(last=False)
         for one in wanted:
@@ -311,7 +313,8 @@ class WholeLayers:
         ask = FetchLayer(job.plan.image, job.wanted.layer, job.wanted.size, str(blob_in(job.place)))
         size = await fetch_blob(self._bus, ask, job.plan.trace)
         if self._keep:
-            await self._keep(Arrived(job.plan.image, job.plan.namespace, job.wanted, size, blob_in(job.place)))
+            plan = job.plan
+            await self._keep(Arrived(plan.image, plan.manifest, plan.namespace, job.wanted, size, blob_in(job.place)))
 
     async def _tidy(self) -> None:
         while True:

@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from soci.errors import DeadlineExceeded, Mismatch, Unavailable
-from soci_fetcher import flights as module
-from soci_fetcher.flights import Flights, in_thread, join
+from soci_runtime import flights as module
+from soci_runtime.flights import Flights, in_thread, join
 from support.bus import LIMIT
 
 
