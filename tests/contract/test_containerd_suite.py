@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from soci.errors import NotFound
 from soci_dev.golang import go_program
 from soci_dev.processes import Daemon
 from soci_dev.stack import Stack
@@ -127,3 +128,11 @@ def test_the_suite_is_whole(runs: Callable[[str], Run], which: str) -> None:
     assert set(run.results) == set(NAMES), run.output
     passed = sum(result == "PASS" for result in run.results.values())
     print(f"{which}: {passed} passed of {len(run.results)}")  # noqa: T201
+
+
+def test_go_programs_that_are_none() -> None:
+    """A program that nobody wrote is not found; the others are not built again for it."""
+    built = go_program("snapshots").stat().st_mtime_ns
+    with pytest.raises(NotFound, match="no Go program none"):
+        go_program("none")
+    assert go_program("snapshots").stat().st_mtime_ns == built

@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import ssl
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -568,6 +570,52 @@ async def test_existing_indexes(stack: Stack, client: Client, soci: Run, made: L
     assert all(one in several.stderr for one in (first, second, third))
 
 
+async def test_where_and_how_a_push_goes(stack: Stack, client: Client, soci: Run, made: Layout, tmp_path: Path) -> None:
+    """--hosts-dir says where a registry is; its certificate must be good, unless --skip-verify."""
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*certificate(tmp_path))
+    target = single(made)
+    name, near = "registry.example/push/hosts:1", f"{stack.registry}/push/hosts:1"
+    for one in (name, near):
+        await put(client, made, one, target)
+    digest = soci("create", "-q", *ALL, name).stdout.strip()
+    soci("push", near)  # so there are no uploads: the registry would name their places without TLS
+
+    async def as_usual(_: web.Request) -> None:
+        return None
+
+    async with front(stack.registry, as_usual, tls) as server:
+        folder = tmp_path / "hosts" / "registry.example"
+        folder.mkdir(parents=True)
+        (folder / "hosts.toml").write_text(f'server = "https://{server.address}"\n')
+        words = ("--hosts-dir", f"{tmp_path / 'none'},{folder.parent}", name)
+        assert "certificate" in (await asyncio.to_thread(soci, "push", *words, fails=True)).stderr
+        done = await asyncio.to_thread(soci, "push", "-k", *words)
+        assert f"pushed index {digest}" in done.stdout
+        assert len(server.requests("PUT", f"/v2/push/hosts/manifests/{digest}")) == 1
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate that nobody has reason to trust, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    files = folder / "server.crt", folder / "server.key"
+    words = ("-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=registry.example", "-days", "2")
+    command = ["openssl", "req", *words, "-out", str(files[0]), "-keyout", str(files[1])]
+    subprocess.run(command, check=True, capture_output=True, timeout=COMMAND_SECONDS)
+    return files
+
+
+async def test_platforms_as_nerdctl_names_them(stack: Stack, client: Client, soci: Run, made: Layout) -> None:
+    """``--all-platforms true`` in two words, and platforms with commas between them, are understood."""
+    target = single(made)
+    name = f"{stack.registry}/push/words:1"
+    await put(client, made, name, target)
+    digest = soci("create", "--all-platforms", "true", *ALL, "-q", name).stdout.strip()
+    assert soci("push", "--all-platforms", "true", "-q", name).stdout == f"{digest}\n"
+    assert soci("push", "--platform", "linux/amd64,linux/amd64", "-q", name).stdout == f"{digest}\n"
+
+
 async def test_a_push_brings_the_image_that_is_missing(stack: Stack, client: Client, soci: Run, made: Layout) -> None:
     """An index is never there before what it refers to; where that is nowhere, the push fails and says so."""
     target = single(made)
@@ -608,8 +656,8 @@ async def test_flags_that_others_give(client: Client, stack: Stack, soci: Run, m
     name = f"{stack.registry}/push/flags:1"
     await put(client, made, name, target)
     soci("create", "-q", *ALL, name)
-    done = soci("push", "--skip-verify", "--hosts-dir", "/a,/b", "--snapshotter", "x", "--user", "a:b", "-q", name)
-    assert done.stderr == "soci: warning: --skip-verify has no effect\nsoci: warning: --hosts-dir has no effect\n"
+    done = soci("push", "--refresh", "x", "--http-trace", "--snapshotter", "x", "--user", "a:b", "-q", name)
+    assert done.stderr == "soci: warning: --refresh has no effect\nsoci: warning: --http-trace has no effect\n"
     assert "--user" in soci("push", "--user", "nobody", name, fails=True).stderr
 
 

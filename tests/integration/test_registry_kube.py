@@ -21,9 +21,11 @@ import pytest
 from aiohttp import web
 
 from soci.errors import InvalidConfig, Unavailable
+from soci_fetcher.access import BusQuestion, logins
 from soci_registry import KubeSecrets, Login
 from soci_registry.kube_login import SECRET_TYPE
 from soci_registry.kube_secrets import Times
+from soci_runtime.config import Config
 
 TIMES = Times(first_list=5.0, kubeconfig_poll=0.05, retry_min=0.02, retry_max=0.2)
 TOKEN = "kube-hunter2"
@@ -468,3 +470,17 @@ async def test_tls_with_a_client_certificate(tmp_path: Path) -> None:
             async with KubeSecrets(kubeconfig(tmp_path / "config", api.url, cluster, user), times=TIMES) as source:
                 with pytest.raises(Unavailable):
                     await password(source)
+
+
+async def test_the_fetcher_follows_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switched on in the configuration, secrets are a source of logins behind Docker's file, and end with the rest."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    async with api_server() as api:
+        await api.put(secret("one", "p1"))
+        config = Config(kube_keychain=True, kubeconfig=kubeconfig(tmp_path / "kubeconfig", api.url))
+        async with logins(config, BusQuestion()) as sources:
+            assert await sources.find("reg.example", "team/app") == Login("ada", "p1")
+            auth = base64.b64encode(b"docker:1").decode()
+            (tmp_path / "config.json").write_text(json.dumps({"auths": {"reg.example": {"auth": auth}}}))
+            assert await sources.find("reg.example", "team/app") == Login("docker", "1")
+            assert await sources.find("reg.example", "team/app", (Login("docker", "1"),)) == Login("ada", "p1")

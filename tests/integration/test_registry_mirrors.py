@@ -251,6 +251,19 @@ async def test_a_mirror_comes_back(world: World, image: Digest) -> None:
     assert world.told == ["host left aside", "host left aside", "host used again"]
 
 
+async def test_a_mirror_that_asks_to_wait_is_not_waited_for(world: World, image: Digest) -> None:
+    """After a 429 with Retry-After from a mirror the registry serves, also those who stood in line at the mirror."""
+    world.mirror.hook = lambda _seen: Status(429, {"Retry-After": "30"})
+    settings = replace(SETTINGS, connections_per_host=1, mirror_aside_min=0.1)
+    async with asyncio.timeout(10), world.client(settings) as client:
+        repository = world.of(client)
+        for _ in range(2):
+            await asyncio.gather(*(repository.blob_range(BLOB_DIGEST, at, at + 10) for at in range(8)))
+            await everything(repository, image)
+            await asyncio.sleep(0.2)
+    assert world.mirror.counts.requests == 1
+
+
 async def test_a_lacking_mirror_serves_other_repositories(world: World, image: Digest) -> None:
     """A mirror without one repository is left aside for that alone."""
     world.mirror.hook = lambda seen: Status(404) if "team/app" in seen.path else None
@@ -285,6 +298,11 @@ async def test_a_registry_away_behind_a_lacking_mirror(world: World) -> None:
         with pytest.raises(RegistryUnavailable, match="503"):
             await repository.manifest("two")
         assert world.registry.counts.requests == 1
+        world.mirror.hook = lambda seen: Status(404) if seen.is_blob else None
+        read = asyncio.create_task(repository.blob_range(BLOB_DIGEST, 0, 10))
+        await asyncio.sleep(0.5)
+        world.registry.hook = None  # a read waits for it all the same
+        assert await read == BLOB[:10]
 
 
 async def test_a_slow_mirror_is_used(world: World, image: Digest) -> None:

@@ -110,7 +110,7 @@ def test_a_container_over_local_layers(process: Process, calls: Calls) -> None:
     assert len(own) == 4
     with mounted(mounts) as root:
         check_mapped(root)
-        assert owner(root) == (100_000, 200_000)
+        assert owner(root) == (100_003, 200_004), "as the root of the layer below"
         with mounted(plain) as same, mounted(other) as others:
             assert owner(same / "tool") == (7, 1004)
             assert owner(others / "tool") == (500_007, 65_534)

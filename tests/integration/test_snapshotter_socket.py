@@ -20,7 +20,7 @@ import pytest
 
 from soci_proto.containerd.services.snapshots.v1 import snapshots_pb2 as pb
 from soci_runtime.config import DEFAULT_ADDRESS
-from soci_snapshotter import grpc_door
+from soci_snapshotter import grpc_door, relay
 from soci_snapshotter.relay import MOST_CONNECTIONS, relaying
 from support.activation import holding, start_with
 from support.snapshotter import READY_SECONDS, Calls, Process
@@ -50,6 +50,7 @@ def activated(process: Process, *sockets: socket.socket) -> Iterator[subprocess.
             out, err = running.communicate(timeout=LIMIT)
         finally:
             running.kill()
+            running.communicate()
     assert (running.returncode, err) == (0, ""), out
 
 
@@ -233,4 +234,28 @@ async def test_where_nobody_listens_inside(tmp_path: Path) -> None:
                 reader, writer = await asyncio.open_unix_connection(tmp_path / "outside")
                 async with asyncio.timeout(LIMIT):
                     assert await reader.read() == b""
+                writer.close()
+
+
+async def test_a_defect_ends_one_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong with it, the relay and the service go on."""
+    real, broken = relay._pass_on, [1]
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if broken:
+            broken.pop()
+            raise RuntimeError("a defect")
+        await real(reader, writer)
+
+    monkeypatch.setattr(relay, "_pass_on", pass_on)
+    with holding(tmp_path / "outside") as held, inside(tmp_path) as (path, (listener,)):
+        held.settimeout(0)
+        async with relaying(held, str(path)), asyncio.timeout(LIMIT):
+            for answer in (b"", b"served"):
+                reader, writer = await asyncio.open_unix_connection(tmp_path / "outside")
+                served, _ = await asyncio.to_thread(listener.accept)
+                with suppress(OSError):  # the broken one may be gone already
+                    served.sendall(b"served")
+                served.close()
+                assert await reader.read() == answer
                 writer.close()

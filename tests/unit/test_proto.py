@@ -23,6 +23,7 @@ SERVICES = {
     "containerd.services.version.v1.version": "containerd.services.version.v1.Version",
     "containerd.services.events.v1.events": "containerd.services.events.v1.Events",
     "cri.runtime.v1.api": "runtime.v1.ImageService",
+    "grpc.health.v1.health": "grpc.health.v1.Health",
 }
 
 

@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from soci.errors import InvalidConfig
 from soci_runtime import config as module
 from soci_runtime.config import Config, Loaded, MirrorSetting, load, load_config
+from soci_runtime.config_file import parse_file
 from soci_runtime.inert import INERT
 from soci_runtime.settings import SETTINGS
 
@@ -139,6 +144,7 @@ def test_keys_of_the_file(tmp_path: Path, text: str, field: str, value: Any) -> 
         (f"{PARALLEL}\nconcurrent_download_chunk_size = -1", "-1 must be between 0"),
         (f"{PARALLEL}\nmax_concurrent_downloads = 2", "max_concurrent_downloads_per_image is above .*_downloads, 2"),
         ('[sociable]\nkubelet_credential_config = "/c"', "needs sociable.kubelet_credential_bin_dir"),
+        ('[sociable]\naddress = "/a"\n[cri_keychain]\nenable_keychain = true\nimage_service_path = "/a"', "own socket"),
         ("[resolver]\nhost = 1", "resolver.host: 1 is not a table"),
         ('[resolver.host."h"]\nmirrors = 1', 'resolver.host."h".mirrors: 1 is not a list'),
         ('[[resolver.host."h".mirrors]]\ninsecure = true', "a mirror without host"),
@@ -254,6 +260,164 @@ def test_every_field_is_set_by_one_setting() -> None:
     for one in SETTINGS:
         written = tomllib.loads(f"x = {one.kind.write(one.default)}")["x"]
         assert one.take(written, "default") == one.default, "a default is within its limits"
+
+
+def test_every_field_is_read_by_a_service() -> None:
+    """A setting that nobody reads would promise what does not happen; those that are still to come are named."""
+    awaited = {
+        "allow_invalid_mounts_on_restart", "blob_min_wait", "containerd_address", "content_store",
+        "discard_unpacked_layers", "max_concurrency", "valid_interval", "webhook_min_layer_size",
+    }  # fmt: skip
+    sources = "".join(
+        file.read_text(encoding="utf-8")
+        for folder in ("services", "libs/runtime")
+        for file in (Path(__file__).parents[2] / folder).rglob("*.py")
+    )
+    unread = {field.name for field in fields(Config) if f"config.{field.name}" not in sources}
+    assert unread <= awaited
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [one.key for one in SETTINGS] + [one.key for one in INERT] + ["resolver.host.h.mirrors", "x.y"]
+        ),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.datetimes().map(str),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+            max_leaves=6,
+        ),
+        max_size=5,
+    )
+)
+def test_no_value_is_a_defect(values: dict[str, Any]) -> None:
+    """Whatever a key is set to, the file is taken or refused by name."""
+    text = "\n".join(f"{key} = {toml(value)}" for key, value in values.items())
+    with suppress(InvalidConfig):
+        parse_file(text, "file")
+
+
+def toml(value: Any) -> str:
+    """A TOML value; what TOML has no word for is left broken."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{json.dumps(key)} = {toml(one)}' for key, one in value.items())} }}"
+    return json.dumps(value) if isinstance(value, str | bool) else str(value)
+
+
+REFERENCE = """
+http_cache_type = ""
+filesystem_cache_type = ""
+resolve_result_entry = 30
+debug = false
+disable_verification = false
+max_concurrency = 100
+mount_timeout_sec = 30
+fuse_metrics_emit_wait_duration_sec = 60
+metrics_address = ""
+metrics_network = "tcp"
+no_prometheus = false
+debug_address = ""
+metadata_store = "db"
+metadata_db_no_sync = false
+metadata_insertion_chunk_size = 5000
+skip_check_snapshotter_supported = false
+[http]
+DialTimeoutMsec = 3000
+ResponseHeaderTimeoutMsec = 3000
+RequestTimeoutMsec = 300000
+MaxRetries = 8
+MinWaitMsec = 30
+MaxWaitMsec = 300000
+[blob]
+valid_interval = 60
+check_always = false
+fetching_timeout_sec = 300
+max_retries = 8
+min_wait_msec = 30
+max_wait_msec = 300000
+force_single_range_mode = false
+max_span_verification_retries = 0
+[directory_cache]
+max_lru_cache_entry = 10
+max_cache_fds = 10
+sync_add = false
+direct = true
+[fuse]
+attr_timeout = 1
+entry_timeout = 1
+negative_timeout = 1
+log_fuse_operations = false
+[background_fetch]
+disable = false
+silence_period_msec = 30000
+fetch_period_msec = 500
+max_queue_size = 300
+drop_policy = "newest"
+emit_metric_period_sec = 10
+[content_store]
+type = "soci"
+containerd_address = "/run/containerd/containerd.sock"
+[prefetch]
+enable = false
+max_concurrency = 0
+[pull_modes.soci_v1]
+enable = false
+[pull_modes.soci_v2]
+enable = true
+[pull_modes.parallel_pull_unpack]
+enable = false
+experimental_parallel_pull_as_fallback = false
+max_concurrent_downloads = -1
+max_concurrent_downloads_per_image = 3
+max_concurrent_unpacks = -1
+max_concurrent_unpacks_per_image = 1
+concurrent_download_chunk_size = ""
+discard_unpacked_layers = false
+[kubeconfig_keychain]
+enable_keychain = false
+kubeconfig_path = ""
+[cri_keychain]
+enable_keychain = false
+image_service_path = "/run/containerd/containerd.sock"
+[resolver]
+auth_client_ttl_sec = 3600
+enable_auth_client_sharing = false
+[resolver.host]
+[snapshotter]
+min_layer_size = 0
+allow_invalid_mounts_on_restart = false
+"""
+
+
+def test_the_references_own_defaults(tmp_path: Path) -> None:
+    """A file with every key of the reference, as it comes, is taken without a word, even by ``--strict``; what it sets
+    is what holds without a file, but for the two that differ here."""
+    file = tmp_path / "config.toml"
+    file.write_text(REFERENCE)
+    found = load(file, {}, NOTHING, strict=True)
+    assert (found.unknown, found.without_effect) == ((), ())
+    plain = load(None, {}, NOTHING).config
+    different = {
+        field.name for field in fields(Config) if getattr(found.config, field.name) != getattr(plain, field.name)
+    }
+    assert different == {"span_attempts", "soci_v1"}
+    ours = {one.key for one in SETTINGS if one.ours}
+    named = {f"{table}.{key}" if table else key for table, key in keys_of(REFERENCE)}
+    streams = {one.key for one in INERT if "decompress_streams" in one.key}
+    assert named | ours | streams == {one.key for one in SETTINGS} | {one.key for one in INERT}
+
+
+def keys_of(text: str) -> list[tuple[str, str]]:
+    table, found = "", []
+    for line in text.splitlines():
+        if line.startswith("["):
+            table = line.strip("[]")
+            found += [("resolver", "host")] if table == "resolver.host" else []
+        elif line:
+            found.append((table, line.split()[0]))
+    return found
 
 
 def test_mirrors(tmp_path: Path) -> None:

@@ -6,16 +6,21 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from soci.digest import sha256_digest
 from soci.errors import InvalidInput, LimitExceeded, SociError, Unavailable
 from soci.idmap import MAX_EXTENTS, NO_ID, IdMap, parse_id_map
 from soci_bus import asks
 from soci_bus.memory import MemoryBus
-from soci_snapshotter import idmap_copy, idmap_local, idmap_mount, userxattr
+from soci_snapshotter import idmap, idmap_copy, idmap_local, idmap_mount, userxattr
 from soci_snapshotter import labels as names
 from soci_snapshotter.idmap import (
     GIDS,
@@ -30,8 +35,10 @@ from soci_snapshotter.idmap import (
     owners_of,
 )
 from soci_snapshotter.idmap_copy import copy_layer
-from soci_snapshotter.mounts import Places
+from soci_snapshotter.mounts import Mount, Places, mounts_of
 from soci_snapshotter.state import Snapshot
+from soci_snapshotter.usage import lazy_usage
+from support.mounter_layers import SPAN_SIZE, item, make, noise
 
 LAYER, ZTOC = sha256_digest(b"layer"), sha256_digest(b"ztoc")
 LAZY = {
@@ -102,6 +109,30 @@ def test_what_is_no_map(text: str) -> None:
     """Wrong forms, empty or overlapping extents, numbers beyond 32 bits, and more extents than a kernel takes."""
     with pytest.raises(InvalidInput):
         parse_id_map(text)
+
+
+@given(st.text(alphabet="0123456789:,-x ", max_size=40))
+def test_any_text_is_a_map_or_refused(text: str) -> None:
+    """Whatever a label says, the answer is a map that reads back, or `InvalidInput`."""
+    try:
+        made = parse_id_map(text)
+    except InvalidInput:
+        return
+    assert parse_id_map(made.text()) == made
+    assert all(made.host(inside) == outside and made.has_host(outside) for inside, outside, _ in made.extents)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(1, 9)), min_size=1, max_size=4))
+def test_a_map_says_what_its_extents_say(extents: list[tuple[int, int, int]]) -> None:
+    """Number by number, a map agrees with its extents written out; those that name a number twice are refused."""
+    pairs = [(inside + step, outside + step) for inside, outside, length in extents for step in range(length)]
+    clear = all(len({pair[side] for pair in pairs}) == len(pairs) for side in (0, 1))
+    if not clear:
+        with pytest.raises(InvalidInput, match="twice"):
+            IdMap.of(extents)
+        return
+    made = IdMap.of(extents)
+    assert [made.host(number) for number in range(80)] == [dict(pairs).get(number, NO_ID) for number in range(80)]
 
 
 def test_as_many_extents_as_a_kernel_takes() -> None:
@@ -291,6 +322,68 @@ async def test_the_mounter_is_away(tmp_path: Path) -> None:
     node = Node(tmp_path)
     with pytest.raises(Unavailable):
         await node.mapped.have(snapshot(9, "active", **MAP), [snapshot(5, **LAZY)])
+
+
+async def test_a_copy_that_nobody_waits_for_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a call is cancelled its copying is told to stop, and has stopped before the call ends."""
+    node = Node(tmp_path)
+    begun, ended = threading.Event(), threading.Event()
+
+    def copying(_source: Path, _place: Path, _owners: Owners, stopped: Callable[[], bool]) -> None:
+        begun.set()
+        while not stopped():
+            time.sleep(0.001)
+        ended.set()
+
+    monkeypatch.setattr(idmap, "have_local", copying)
+    call = asyncio.ensure_future(node.mapped.have(snapshot(9, "active", **MAP), [snapshot(3)]))
+    await asyncio.to_thread(begun.wait, 20)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert ended.is_set()
+
+
+# --- what containerd is told
+
+
+@pytest.mark.parametrize(
+    ("kind", "parents", "options"),
+    [
+        ("view", [snapshot(5, **LAZY)], ("bind", "/m/5_9", ("ro", "rbind"))),
+        ("view", [snapshot(3)], ("bind", "/s/3_9/fs", ("ro", "rbind"))),
+        ("view", [snapshot(5, **LAZY), snapshot(3)], ("overlay", "overlay", ("lowerdir=/m/5_9:/s/3_9/fs",))),
+        (
+            "active",
+            [snapshot(5, **LAZY), snapshot(3)],
+            ("overlay", "overlay", ("workdir=/s/9/work", "upperdir=/s/9/fs", "lowerdir=/m/5_9:/s/3_9/fs")),
+        ),
+        ("active", [], ("bind", "/s/9/fs", ("rw", "rbind"))),
+    ],
+)
+def test_mounts_over_mapped_layers(
+    kind: str, parents: list[Snapshot], options: tuple[str, str, tuple[str, ...]]
+) -> None:
+    """They name the mapped layers; ``userxattr`` comes last, and only for an overlay."""
+    places = Places(Path("/s"), Path("/m"))
+    assert mounts_of(snapshot(9, kind), parents, places, index_off=False, mapped=True) == (Mount(*options),)
+    (marked,) = mounts_of(snapshot(9, kind), parents, places, index_off=True, mapped=True, user_xattrs=True)
+    if options[0] == "overlay":
+        assert marked.options == ("index=off", *options[2], "userxattr")
+    else:
+        assert marked == Mount(*options)
+
+
+def test_usage_of_a_lazy_layer(tmp_path: Path) -> None:
+    """What the cache has allocated for it, without the holes of its tar; nothing for what is not in the cache."""
+    made = make([item("file", noise(300_000))])
+    made.put(tmp_path)
+    labels = {**LAZY, names.ZTOC: str(made.ztoc_digest), "containerd.io/snapshot/cri.layer-digest": str(made.layer)}
+    empty, inodes = lazy_usage(tmp_path, labels)
+    assert inodes == 5
+    made.fill(tmp_path, range(1))
+    assert lazy_usage(tmp_path, labels)[0] >= empty + SPAN_SIZE
+    assert lazy_usage(tmp_path, LAZY) == lazy_usage(None, labels) == lazy_usage(tmp_path, {}) == (0, 0)
 
 
 # --- copies

@@ -104,7 +104,7 @@ def test_a_rebuild_gives_the_same(tmp_path: Path, operations: list[tuple[object,
         assert len(set(given_out)) == len(given_out)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.one_of(OPERATIONS, LOG_WORK.map(lambda one: [one])), max_size=12),
     st.integers(0, 8),

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 import soci.build
 import soci.checkpoint
+from soci.beside import Beside
 from soci.build import Built, ZtocBuilder
 from soci.checkpoint import GzipCheckpoints
 from soci.digest import sha256_digest
 from soci.errors import InvalidGzip, InvalidInput, InvalidTar, InvalidZtoc, LimitExceeded, SociError, Unsupported
-from soci.hashing import Hashing
 from soci.inflate import inflate_span, inflate_tail
 from soci.span import Spans
 from soci.toc import Algorithm
@@ -138,15 +138,16 @@ def test_any_gzip_stream_builds_and_inflates(seed: int, span_size: int) -> None:
     assert b"".join(pieces) == tar
 
 
-class LateHashing(Hashing):
-    """Hashing that does nothing until somebody waits for it."""
+class Late(Beside):
+    """Work beside that is not done until somebody waits for it."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self.done = 0
 
-    def update(self, state: Any, data: bytes | memoryview) -> None:
-        self.do(state.update, data)
+    def work(self, job: Callable[[Any], object], data: bytes | memoryview) -> None:
+        self.do(job, data)
 
     def do(self, job: Callable[..., Any], *words: Any) -> None:
         self.jobs.append((job, words))
@@ -165,8 +166,8 @@ class LateHashing(Hashing):
 
 
 @pytest.mark.parametrize("algorithm", ["gzip", "uncompressed", "zstd"])
-def test_hashing_may_lag_behind(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However late the hashing thread gets to its work, memory that it still needs is not written over."""
+def test_the_work_beside_may_lag_behind(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late the other thread gets to its work, memory that it still needs is not written over."""
     rng = random.Random(3)
     data = b"".join(b"%d lines of text\n" % rng.randrange(1000) for _ in range(600_000))
     tar = header(size=len(data)) + padded(data) + END
@@ -180,13 +181,70 @@ def test_hashing_may_lag_behind(algorithm: Algorithm, monkeypatch: pytest.Monkey
     builder.feed(blob)
     expected = builder.finish()
     assert expected.diff_id == sha256_digest(tar)
-    monkeypatch.setattr(soci.build, "Hashing", LateHashing)
+    monkeypatch.setattr(soci.build, "Beside", Late)
     builder = ZtocBuilder(algorithm)
     builder.feed(blob)
     assert builder.finish() == expected
 
 
-def test_the_hashing_thread_ends() -> None:
+class Held(Beside):
+    """Work beside that is not begun until somebody waits for it, or ends it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._beside = True
+        self.begin = threading.Event()
+
+    def do(self, job: Callable[..., Any], *words: Any) -> None:
+        def held() -> None:
+            self.begin.wait()
+            job(*words)
+
+        super().do(held)
+
+    def wait(self, mark: Any) -> None:
+        if mark is not None:
+            self.begin.set()
+        super().wait(mark)
+
+    def close(self) -> None:
+        self.begin.set()
+        super().close()
+
+
+@pytest.mark.parametrize("beside", [Beside, Held])
+def test_the_first_error_of_the_layer_is_raised(beside: type[Beside], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the tar is broken and behind that the gzip too, it is the tar's error, whichever thread is ahead."""
+    monkeypatch.setattr(soci.build, "Beside", beside)
+    rest = bytes(1_500_000) + os.urandom(600_000)  # more than is put out at a time
+    broken = gzip.compress(header(size=3, checksum_off_by=1) + rest, 1)
+    for blob in (broken[:300_000] + bytes(100_000), broken[:300_000]):
+        builder = ZtocBuilder("gzip")
+        with pytest.raises(InvalidTar):  # noqa: PT012  (either may raise it)
+            builder.feed(blob)
+            builder.finish()
+    builder = ZtocBuilder("gzip")
+    with pytest.raises(InvalidGzip):
+        builder.feed(gzip.compress(header(size=len(rest)) + rest, 1)[:300_000] + bytes(100_000))
+
+
+def test_nothing_is_done_after_a_failure() -> None:
+    """A job that fails is the last one, and every wait from then on says why."""
+    beside, done = Held(), []
+
+    def fail() -> None:
+        raise InvalidTar("broken")
+
+    for job in (lambda: done.append(1), fail, lambda: done.append(2)):
+        beside.do(job)
+    for _ in range(2):
+        with pytest.raises(InvalidTar, match="broken"):
+            beside.wait(beside.mark())
+    beside.close()
+    assert done == [1]
+
+
+def test_the_thread_beside_ends() -> None:
     """A builder that is done, and one that failed, leave no thread behind."""
     before = threading.active_count()
     blob = gzip.compress(header(size=1 << 20) + os.urandom(1 << 20) + END, 1)

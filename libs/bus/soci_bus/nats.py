@@ -46,6 +46,10 @@ def _ignore(_what: str, _error: BaseException | None) -> None:
     """The default for ``trouble``: a library does not log."""
 
 
+CANCEL_AGAIN = 0.5
+"""Seconds after which a task that did not end is told again."""
+
+
 class NatsBus:
     """See `soci_bus.face.Bus`. Made by `connect`."""
 
@@ -222,10 +226,10 @@ class NatsBus:
             self._trouble("NATS was not let go of in order", problem)
 
     async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        while waiting := [task for task in tasks if not task.done()]:
+            for task in waiting:  # again and again: Python 3.11's wait_for, within nats-py, may swallow one
+                task.cancel()
+            await asyncio.wait(waiting, timeout=CANCEL_AGAIN)
 
 
 @asynccontextmanager

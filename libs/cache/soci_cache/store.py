@@ -113,7 +113,8 @@ class LayerStore:
         place = self.directory(layer, ztoc)
         size = inodes = 0
         try:
-            found = [place.lstat(), *(entry.stat(follow_symlinks=False) for entry in os.scandir(place))]
+            with os.scandir(place) as entries:
+                found = [place.lstat(), *(entry.stat(follow_symlinks=False) for entry in entries)]
         except OSError:  # it is not here, or is just being deleted
             found = []
         for one in found:

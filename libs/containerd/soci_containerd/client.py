@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Final
 
 import grpc.aio
 from google.protobuf.empty_pb2 import Empty
+from google.protobuf.field_mask_pb2 import FieldMask
 
-from soci.errors import AlreadyExists, InvalidConfig, SociError, Unavailable
+from soci.errors import AlreadyExists, InvalidConfig, InvalidDigest, SociError, Unavailable
 from soci_containerd.calls import CALL_SECONDS, MESSAGE_LIMIT, NAMESPACE_HEADER, Wire
 from soci_containerd.content import Content, Diff
 from soci_containerd.snapshots import Snapshots
@@ -51,6 +52,15 @@ class Images:
         answer = self._stub().Get(asked, timeout=CALL_SECONDS, metadata=self.wire.metadata)
         return image_value((await self.wire.call(f"look up image {name}", answer)).image)
 
+    async def all(self) -> list[Image]:
+        """Every image of the namespace; those whose target has a digest that we cannot check are left out."""
+        answer = self._stub().List(images_pb2.ListImagesRequest(), timeout=CALL_SECONDS, metadata=self.wire.metadata)
+        images = []
+        for message in (await self.wire.call("list images", answer)).images:
+            with suppress(InvalidDigest):
+                images.append(image_value(message))
+        return images
+
     async def create(self, image: Image) -> None:
         """Raises `AlreadyExists`."""
         asked = images_pb2.CreateImageRequest(image=image_message(image))
@@ -62,6 +72,17 @@ class Images:
         asked = images_pb2.UpdateImageRequest(image=image_message(image))
         answer = self._stub().Update(asked, timeout=CALL_SECONDS, metadata=self.wire.metadata)
         await self.wire.call(f"update image {image.name}", answer)
+
+    async def update_labels(self, name: str, labels: Mapping[str, str]) -> None:
+        """Set these labels and leave all else. An empty value takes the label away. Raises `NotFound`."""
+        if not labels:
+            return
+        asked = images_pb2.UpdateImageRequest(
+            image=images_pb2.Image(name=name, labels=dict(labels)),
+            update_mask=FieldMask(paths=[f"labels.{key}" for key in sorted(labels)]),
+        )
+        answer = self._stub().Update(asked, timeout=CALL_SECONDS, metadata=self.wire.metadata)
+        await self.wire.call(f"label image {name}", answer)
 
     async def put(self, image: Image) -> None:
         """Create or update, whichever is right."""

@@ -14,7 +14,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from grpc.aio import EOF
 
 from soci.digest import Digest, parse_digest
-from soci.errors import AlreadyExists, LimitExceeded, Mismatch, NotFound, SociError
+from soci.errors import AlreadyExists, InvalidDigest, LimitExceeded, Mismatch, NotFound, SociError
 from soci.oci import Descriptor
 from soci_containerd.calls import APPLY_SECONDS, CALL_SECONDS, STREAM_STALL_SECONDS, Wire, border
 from soci_containerd.values import ContentInfo, Mount, descriptor_message, descriptor_value, mount_messages
@@ -23,6 +23,8 @@ from soci_proto.containerd.services.diff.v1 import diff_pb2, diff_pb2_grpc
 
 CHUNK_BYTES: Final = 1 << 20
 """Content travels in messages of at most this size, far below `MESSAGE_LIMIT`."""
+LIST_SECONDS: Final = 300.0
+"""Deadline of listing all content."""
 READ_LIMIT: Final = 8 << 20
 """The largest blob that `Content.read` takes into memory, unless its caller says otherwise."""
 
@@ -53,16 +55,30 @@ class Content:
 
     async def read(self, digest: Digest, limit: int = READ_LIMIT) -> bytes:
         """A small blob. Raises `NotFound`, and `LimitExceeded` beyond ``limit`` bytes."""
-        doing = f"read content {digest}"
-        asked = content_pb2.ReadContentRequest(digest=digest)
-        answers = self._stub().Read(asked, timeout=APPLY_SECONDS, metadata=self.wire.metadata)
         content = bytearray()
-        async with aclosing(self.wire.stream(doing, answers)) as messages:
-            async for message in messages:
-                content += message.data
+        async with aclosing(self.stream(digest)) as chunks:
+            async for chunk in chunks:
+                content += chunk
                 if len(content) > limit:
-                    raise LimitExceeded(f"containerd: {doing}: more than {limit} bytes")
+                    raise LimitExceeded(f"containerd: read content {digest}: more than {limit} bytes")
         return bytes(content)
+
+    async def stream(self, digest: Digest, offset: int = 0, size: int = 0) -> AsyncGenerator[bytes, None]:
+        """A blob's bytes from ``offset``, ``size`` of them or (0) all, as they come. Raises `NotFound`."""
+        asked = content_pb2.ReadContentRequest(digest=digest, offset=offset, size=size)
+        answers = self._stub().Read(asked, timeout=APPLY_SECONDS, metadata=self.wire.metadata)
+        async with aclosing(self.wire.stream(f"read content {digest}", answers)) as messages:
+            async for message in messages:
+                yield message.data
+
+    async def all(self) -> AsyncGenerator[tuple[Digest, int], None]:
+        """Digest and size of every blob; those with a digest that we cannot check are left out."""
+        answers = self._stub().List(content_pb2.ListContentRequest(), timeout=LIST_SECONDS, metadata=self.wire.metadata)
+        async with aclosing(self.wire.stream("list content", answers)) as messages:
+            async for message in messages:
+                for info in message.info:
+                    with suppress(InvalidDigest):
+                        yield parse_digest(info.digest), info.size
 
     async def update_labels(self, digest: Digest, labels: Mapping[str, str]) -> None:
         """Set these labels and leave all others. An empty value takes the label away. Raises `NotFound`."""

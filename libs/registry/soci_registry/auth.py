@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import itertools
 import json
 import random
 import re
@@ -136,24 +135,31 @@ class Authorizer:
     async def _obtain(self, access: Access, challenge: Challenge, held: _Held, used: str | None) -> tuple[str, float]:
         """A fresh header, and for how many seconds it may be used; ``used`` is the header that was refused last.
 
-        Where a login is refused, its source is asked for a newer one, and other sources for theirs. Once all have been
-        refused they may be tried again: a registry can be wrong too.
+        Where a login is refused, its source is asked for a newer one, and other sources for theirs. Logins that were
+        refused earlier come last: a registry can be wrong too.
         """
         failure: Unauthorized | None = None
-        for number in itertools.count(1):
+        tried: list[Login] = []
+        while len(tried) < LOGINS_MAX:
             login = await self._credentials.find(access.registry, access.repository, tuple(held.refused))
-            if failure is not None and (login is None or login in held.refused or number > LOGINS_MAX):
-                held.refused.clear()
-                raise failure
+            if login is None and not tried and held.refused:
+                held.refused = []
+                continue
+            if failure is not None and (login is None or login in tried):
+                if len(held.refused) == len(tried):
+                    break
+                held.refused = list(tried)
+                continue
             try:
                 return await self._answer(access, challenge, login, used)
             except Unauthorized as error:
-                if login is None:
-                    held.refused.clear()
-                    raise
                 failure = error
-                held.refused = [*held.refused, login][-LOGINS_MAX:]
-        raise AssertionError("unreachable")
+                if login is None:
+                    break
+                tried.append(login)
+                held.refused = [*(one for one in held.refused if one != login), login][-LOGINS_MAX:]
+        held.refused = []
+        raise failure or Unauthorized(f"{access.registry} refuses all logins for {access.scope}")
 
     async def _answer(
         self, access: Access, challenge: Challenge, login: Login | None, used: str | None

@@ -143,8 +143,7 @@ class Repository:
 
         Close it where it is left early: ``async with aclosing(repository.blob_stream(digest)) as chunks``.
         """
-        known = parse_digest(digest)
-        return fetch.stream_blob(self._transport, self._mirrors.tour(self._route.pull), known)
+        return self._mirrors.stream(self._route.pull, parse_digest(digest))
 
     async def blob_range(self, digest: Digest, start: int, end: int, *, deadline: float | None = None) -> bytes:
         """Bytes [start, end) of a blob, exactly as many; what they hold is the caller's to check.

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from soci_registry.failure import Kind, TryError
 from soci_registry.urls import Origin
 
 HOSTS_MAX = 256
@@ -34,8 +35,11 @@ class Gates:
         self._all: OrderedDict[Origin, _Gate] = OrderedDict()
 
     @asynccontextmanager
-    async def slot(self, origin: Origin) -> AsyncIterator[None]:
-        """Hold one of the host's slots, taken no earlier than the host asked for."""
+    async def slot(self, origin: Origin, *, patient: bool = True) -> AsyncIterator[None]:
+        """Hold one of the host's slots, taken no earlier than the host asked for.
+
+        Who is not ``patient`` gets a `TryError` in place of that wait: another host may have the same.
+        """
         gate = self._gate(origin)
         gate.users += 1
         try:
@@ -44,6 +48,8 @@ class Gates:
                 for _ in range(HOLDS_MAX):
                     if (wait := gate.opens - clock()) <= 0:
                         break
+                    if not patient:
+                        raise TryError(Kind.STATUS, "the host has asked to wait", status=429, retry_after=wait)
                     await asyncio.sleep(wait)
                 yield
         finally:

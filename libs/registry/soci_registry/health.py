@@ -56,7 +56,7 @@ def after_failure(known: Aside | None, begun: float, now: float, *, least: float
     """
     if known is not None and begun < known.since + known.seconds:
         return known
-    seconds = least if known is None else min(known.seconds * 2, most)
+    seconds = least if known is None else max(least, min(known.seconds * 2, most))
     return Aside(now, now + seconds, seconds)
 
 
@@ -107,12 +107,12 @@ class Health:
             self._known[key] = Aside(known.since, now + PROBE_SECONDS, known.seconds)
         return False
 
-    def failed(self, place: Place, repository: str, begun: float, why: str) -> None:
-        """Leave a host aside: whole (`EVERYTHING`), or for one repository."""
+    def failed(self, place: Place, repository: str, begun: float, why: str, after: float = 0.0) -> None:
+        """Leave a host aside: whole (`EVERYTHING`), or for one repository; ``after`` is how long it asked for."""
         key = (place.base + place.path, repository)
         known = self._known.get(key)
         now = self._clock()
-        found = after_failure(known, begun, now, least=self._least, most=self._most)
+        found = after_failure(known, begun, now, least=max(self._least, min(after, self._most)), most=self._most)
         if found is known:
             return
         self._known[key] = found

@@ -208,4 +208,4 @@ class KubeSecrets:
             self._bad.pop(name, None)
         elif self._bad.get(name) != trouble and len(self._bad) < BAD_SECRETS_REMEMBERED:
             self._bad[name] = trouble
-            self._tell("secret passed over", namespace=name[0], secret=name[1], why=trouble)
+            self._tell("secret passed over", namespace=name[0], name=name[1], why=trouble)

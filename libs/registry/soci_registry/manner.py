@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from soci.errors import InvalidConfig
@@ -36,7 +36,7 @@ class Trust:
 class Manner:
     """What is special about one host. Times are seconds; None is the settings' own."""
 
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     """Sent to the host itself and never to where it redirects: they may hold secrets."""
     trust: Trust | None = None
     connect_timeout: float | None = None

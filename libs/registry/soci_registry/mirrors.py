@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from soci.digest import Digest
 from soci.errors import DeadlineExceeded, SociError, Unavailable
 from soci_registry.failure import Kind, TryError, final_error
-from soci_registry.fetch import fetch_range
+from soci_registry.fetch import fetch_range, stream_blob
 from soci_registry.health import EVERYTHING, Health, Order
 from soci_registry.policy import GiveUp, decide, is_repeatable
 from soci_registry.settings import Retry
@@ -153,7 +153,8 @@ class Tour:
         if request is not None:
             self._transport.forget_target(request)
         if fault.down:
-            self._health.failed(place, EVERYTHING, self._begun, str(fault.failure))
+            after = fault.failure.retry_after or 0.0
+            self._health.failed(place, EVERYTHING, self._begun, str(fault.failure), after)
         self._at += 1
         if self._at < len(self._order.places):
             self._turn()
@@ -202,12 +203,15 @@ class Mirrors:
     def __init__(self, transport: Transport, health: Health) -> None:
         self.transport = transport
         self._health = health
-        self._brief = transport.with_settings(
-            replace(transport.settings, tries=1, bad_answer_tries=1, range_tries=1, range_bad_answer_tries=1)
-        )
+        once = replace(transport.settings, tries=1, bad_answer_tries=1, range_tries=1, range_bad_answer_tries=1)
+        self._brief = transport.with_settings(once, patient=False)
 
-    def tour(self, places: tuple[Place, ...]) -> Tour:
-        """A way through ``places`` for a stream."""
+    def stream(self, places: tuple[Place, ...], digest: Digest) -> AsyncGenerator[bytes, None]:
+        """A whole blob in chunks, from whichever hosts have it; see `fetch.stream_blob`."""
+        transport = self.transport if len(places) == 1 else self._brief
+        return stream_blob(transport, self._way(places), digest)
+
+    def _way(self, places: tuple[Place, ...]) -> Tour:
         return Tour(self.transport, self._health, places, self.transport.settings.retry)
 
     async def first(self, places: tuple[Place, ...], attempt: Attempt[Result], *, blame: bool = True) -> Result:
@@ -217,7 +221,7 @@ class Mirrors:
         """
         if len(places) == 1:
             return await attempt(self.transport, places[0])
-        return await self._tour(self.tour(places), attempt, blame=blame)
+        return await self._tour(self._way(places), attempt, blame=blame)
 
     async def range(
         self, places: tuple[Place, ...], digest: Digest, span: tuple[int, int], deadline: float | None

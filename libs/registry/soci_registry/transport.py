@@ -63,13 +63,18 @@ class Transport:
         self._wire = wire
         self._authorizer = authorizer
         self.settings = settings
+        self.patient = True
         self._gates = Gates(settings.connections_per_host)
         self._targets: OrderedDict[tuple[str, str], str] = OrderedDict()
 
-    def with_settings(self, settings: RegistrySettings) -> Transport:
-        """The same transport, its connections, tokens and limits a host shared, with other tries and times."""
+    def with_settings(self, settings: RegistrySettings, *, patient: bool) -> Transport:
+        """The same transport, its connections, tokens and limits a host shared, with other tries and times.
+
+        One that is not ``patient`` does not wait where a host has asked all to come back later: it fails.
+        """
         other = copy.copy(self)
         other.settings = settings
+        other.patient = patient
         return other
 
     async def call(
@@ -130,7 +135,7 @@ class Transport:
         while True:
             origin = origin_of(walk.url)
             async with AsyncExitStack() as stack:
-                await stack.enter_async_context(self._gates.slot(origin))
+                await stack.enter_async_context(self._gates.slot(origin, patient=self.patient))
                 if origin == home:
                     walk.authorization = await self._authorizer.header(request.access)
                 authorization = walk.authorization if origin == home else None

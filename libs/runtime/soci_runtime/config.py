@@ -116,6 +116,8 @@ def _whole(config: Config) -> Config:
             raise InvalidConfig(f"{_key(of_image)} is above {_key(in_all)}, {most}")
     if config.kubelet_credential_config and not config.kubelet_credential_bin_dir:
         raise InvalidConfig(f"{_key('kubelet_credential_config')} needs {_key('kubelet_credential_bin_dir')}, too")
+    if config.cri_keychain and config.cri_image_service in {config.address, DEFAULT_ADDRESS}:
+        raise InvalidConfig(f"{_key('cri_image_service')} is our own socket: name the one of containerd")
     node = config.node or re.sub(r"[^A-Za-z0-9_-]+", "_", socket.gethostname())[:64] or "node"
     return replace(config, node=node, root=config.root.absolute())
 

@@ -46,6 +46,7 @@ INERT: Final[tuple[Inert, ...]] = (
     Inert("metadata_db_no_sync", FLAG, (False,), _METADATA),
     Inert("metadata_insertion_chunk_size", WHOLE, (0, 5000), _METADATA),
     Inert("skip_check_snapshotter_supported", FLAG, (False, True), "the file system is not probed at the start"),
+    Inert("blob.check_always", FLAG, (False,), "whether a layer can be had shows when bytes of it are needed"),
     Inert("blob.force_single_range_mode", FLAG, (False, True), "a request never asks for more than one range"),
     Inert("directory_cache.max_lru_cache_entry", WHOLE, (0, 10), _FILES),
     Inert("directory_cache.max_cache_fds", WHOLE, (0, 10), _FILES),

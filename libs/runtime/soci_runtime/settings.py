@@ -119,7 +119,6 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("max_wait", "http.MaxWaitMsec", MILLISECONDS, "the longest wait between tries", _WAIT, zero=True),
     Setting("valid_interval", "blob.valid_interval", SECONDS,
             "so long a layer that could be had is not asked for again when a container starts", _WAIT, zero=True),
-    Setting("check_always", "blob.check_always", FLAG, "ask for it at each start all the same"),
     Setting("fetching_timeout", "blob.fetching_timeout_sec", SECONDS, "one request for spans", _WAIT, zero=True),
     Setting("blob_max_retries", "blob.max_retries", RETRIES,
             "as `[http] MaxRetries`, for spans; not set: the same", _RETRIES, zero=True),

@@ -76,7 +76,6 @@ class Config:
     min_wait: float = 0.03
     max_wait: float = 300.0
     valid_interval: float = 60.0
-    check_always: bool = False
     fetching_timeout: float = 300.0
     blob_max_retries: int = 8
     blob_min_wait: float = 0.03

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from soci.beside import Beside, Mark
 from soci.checkpoint import GzipCheckpoints
 from soci.digest import Digest
 from soci.errors import InvalidInput, LimitExceeded
-from soci.hashing import Hashing, Mark
 from soci.tar import TarWalker
 from soci.toc import VERSION, Algorithm, Ztoc
 from soci.zinfo import MAX_SPANS, TarZinfo, encode_tar_zinfo
@@ -66,11 +66,11 @@ class ZtocBuilder:
         self._algorithm = algorithm
         self._build_tool = build_tool
         self._walker = TarWalker(compat=compat)
-        self._hashing = Hashing()
+        self._beside = Beside()
         self._layer = hashlib.sha256()
         self._layer_size = 0
-        self._before: Mark = None  # hashing of the piece before
-        self._way: _Gzip | _Zstd | _Plain = make(span_size, self._walker, self._hashing)
+        self._before: Mark = None  # what is to be done with the piece before
+        self._way: _Gzip | _Zstd | _Plain = make(span_size, self._walker, self._beside)
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> None:
         """Take the next bytes of the blob."""
@@ -78,8 +78,8 @@ class ZtocBuilder:
         try:
             for start in range(0, len(view), PIECE_BYTES):
                 self._feed(bytes(view[start : start + PIECE_BYTES]))
-        except BaseException:
-            self._hashing.close()
+        except BaseException as error:
+            self._end(error)
             raise
 
     def finish(self) -> Built:
@@ -87,8 +87,10 @@ class ZtocBuilder:
         try:
             checkpoints, digests = self._way.finish(self._layer_size)
             uncompressed_size = self._walker.finish()
-        finally:
-            self._hashing.close()
+        except BaseException as error:
+            self._end(error)
+            raise
+        self._beside.close()
         ztoc = Ztoc(
             version=VERSION,
             build_tool=self._build_tool,
@@ -104,24 +106,31 @@ class ZtocBuilder:
         diff_id = layer if isinstance(self._way, _Plain) else _digest(self._way.tar)
         return Built(encode_ztoc(ztoc), ztoc, layer, self._layer_size, diff_id)
 
+    def _end(self, error: BaseException) -> None:
+        """End the work beside. What failed there is of earlier bytes than ``error``: it goes before."""
+        self._beside.close()
+        failed = self._beside.failed
+        if failed is not None and failed is not error and isinstance(error, Exception):
+            raise failed from None
+
     def _feed(self, piece: bytes) -> None:
-        self._hashing.update(self._layer, piece)
+        self._beside.work(self._layer.update, piece)
         self._layer_size += len(piece)
         self._way.feed(piece)
-        # Hashing may be one piece behind, no more.
-        self._hashing.wait(self._before)
-        self._before = self._hashing.mark()
+        # The work beside may be one piece behind, no more.
+        self._beside.wait(self._before)
+        self._before = self._beside.mark()
 
 
 class _Gzip:
     """Spans of a gzip layer: a checkpoint opens one, and closes the one before."""
 
-    def __init__(self, span_size: int, walker: TarWalker, hashing: Hashing) -> None:
+    def __init__(self, span_size: int, walker: TarWalker, beside: Beside) -> None:
         self.tar = hashlib.sha256()
         self._checkpoints = GzipCheckpoints(span_size, self._turn)
         self._walker = walker
-        self._hashing = hashing
-        self._old: Mark = None  # hashing of output up to the turn before
+        self._beside = beside
+        self._old: Mark = None  # what is to be done with output up to the turn before
         self._digests: list[str] = []
         self._span = hashlib.sha256()
         self._open = False  # before the first checkpoint: the gzip header is in no span
@@ -142,42 +151,42 @@ class _Gzip:
                 self._span.update(piece[cut - 1 : cut] if cut else self._last)
             at = cut
         if self._open:
-            self._hashing.update(self._span, view[at:])
+            self._beside.work(self._span.update, view[at:])
         self._size += len(piece)
         self._last = piece[-1:]
 
     def finish(self, _size: int) -> tuple[bytes, list[str]]:
         checkpoints = self._checkpoints.finish()
         self._close(memoryview(b""))
-        self._hashing.wait(self._hashing.mark())
+        self._beside.wait(self._beside.mark())
         return checkpoints, self._digests
 
     def _close(self, rest: memoryview) -> None:
         if self._open:
-            self._hashing.update(self._span, rest)
-            self._hashing.do(_note, self._digests, self._span)
+            self._beside.work(self._span.update, rest)
+            self._beside.do(_note, self._digests, self._span)
 
     def _take(self, out: memoryview) -> None:
-        self._hashing.update(self.tar, out)
-        self._walker.feed(out)
+        self._beside.work(self.tar.update, out)
+        self._beside.work(self._walker.feed, out)
 
     def _turn(self) -> None:
         # The memory that is about to be filled again holds what was put out before the turn before this one.
-        self._hashing.wait(self._old)
-        self._old = self._hashing.mark()
+        self._beside.wait(self._old)
+        self._old = self._beside.mark()
 
 
 class _Zstd:
     """Spans of a zstd layer: they begin at frames, the first one at the blob's first byte."""
 
-    def __init__(self, span_size: int, walker: TarWalker, hashing: Hashing) -> None:
+    def __init__(self, span_size: int, walker: TarWalker, beside: Beside) -> None:
         self.tar = hashlib.sha256()
         self._checkpoints = ZstdCheckpoints(span_size)
         self._walker = walker
-        self._hashing = hashing
+        self._beside = beside
         self._digests: list[str] = []
         self._span = hashlib.sha256()
-        self._before: Mark = None  # hashing of the output before
+        self._before: Mark = None  # what is to be done with the output before
         self._size = 0
         self._last = b""  # the bytes before the current piece: a frame's magic number may begin there
 
@@ -185,53 +194,53 @@ class _Zstd:
         points = self._checkpoints.points
         known = len(points)
         for out in self._checkpoints.feed(piece):
-            # A small piece may hold gigabytes: hashing may be one of its outputs behind, no more.
-            self._hashing.wait(self._before)
-            self._hashing.update(self.tar, out)
-            self._before = self._hashing.mark()
-            self._walker.feed(out)
+            # A small piece may hold gigabytes: the work beside may be one of its outputs behind, no more.
+            self._beside.wait(self._before)
+            self._beside.work(self.tar.update, out)
+            self._beside.work(self._walker.feed, out)
+            self._before = self._beside.mark()
         # The last bytes are hashed with the next piece, when it is known which span they belong to.
         data = self._last + piece
         origin = self._size - len(self._last)
         view, at = memoryview(data), 0
         for into, _ in points[max(known, 1) :]:
-            self._hashing.update(self._span, view[at : into - origin])
-            self._hashing.do(_note, self._digests, self._span)
+            self._beside.work(self._span.update, view[at : into - origin])
+            self._beside.do(_note, self._digests, self._span)
             self._span = hashlib.sha256()
             at = into - origin
         keep = max(at, len(data) - 3)
-        self._hashing.update(self._span, view[at:keep])
+        self._beside.work(self._span.update, view[at:keep])
         self._last = data[keep:]
         self._size += len(piece)
 
     def finish(self, _size: int) -> tuple[bytes, list[str]]:
         checkpoints = self._checkpoints.finish()
-        self._hashing.update(self._span, self._last)
-        self._hashing.do(_note, self._digests, self._span)
-        self._hashing.wait(self._hashing.mark())
+        self._beside.work(self._span.update, self._last)
+        self._beside.do(_note, self._digests, self._span)
+        self._beside.wait(self._beside.mark())
         return checkpoints, self._digests
 
 
 class _Plain:
     """Spans of a plain tar: one every ``span_size`` bytes."""
 
-    def __init__(self, span_size: int, walker: TarWalker, hashing: Hashing) -> None:
+    def __init__(self, span_size: int, walker: TarWalker, beside: Beside) -> None:
         if not 1 <= span_size < 1 << 63:
             raise InvalidInput(f"span size {span_size}: a plain tar needs one of at least 1 byte")
         self._span_size = span_size
         self._walker = walker
-        self._hashing = hashing
+        self._beside = beside
         self._digests: list[str] = []
         self._count = 0
         self._span = hashlib.sha256()
         self._left = span_size
 
     def feed(self, piece: bytes) -> None:
-        self._walker.feed(piece)
+        self._beside.work(self._walker.feed, piece)
         view = memoryview(piece)
         while view:
             part, view = view[: self._left], view[self._left :]
-            self._hashing.update(self._span, part)
+            self._beside.work(self._span.update, part)
             self._left -= len(part)
             if not self._left:
                 self._close()
@@ -239,19 +248,19 @@ class _Plain:
     def finish(self, size: int) -> tuple[bytes, list[str]]:
         if self._left < self._span_size:
             self._close()
-        self._hashing.wait(self._hashing.mark())
+        self._beside.wait(self._beside.mark())
         return encode_tar_zinfo(TarZinfo(self._span_size, size)), self._digests
 
     def _close(self) -> None:
         if self._count >= MAX_SPANS:
             raise LimitExceeded(f"more than {MAX_SPANS} spans: a larger span size makes fewer (MAX_SPANS)")
         self._count += 1
-        self._hashing.do(_note, self._digests, self._span)
+        self._beside.do(_note, self._digests, self._span)
         self._span = hashlib.sha256()
         self._left = self._span_size
 
 
-_WAYS: Final[Mapping[str, Callable[[int, TarWalker, Hashing], _Gzip | _Zstd | _Plain]]] = {
+_WAYS: Final[Mapping[str, Callable[[int, TarWalker, Beside], _Gzip | _Zstd | _Plain]]] = {
     "gzip": _Gzip,
     "zstd": _Zstd,
     "uncompressed": _Plain,

@@ -237,6 +237,7 @@ class Draft:
 
     def extend(self, run: Run, position: int) -> None:
         """Append the members of ``run``; ``position`` is that of its piece in the tar."""
+        first = len(self.names)
         self.offsets.extend([position + place + BLOCK for place in run.places])
         self.names += run.names
         self.types += run.types
@@ -250,6 +251,8 @@ class Draft:
         self.times += run.times
         self.majors += run.majors
         self.minors += run.minors
+        if run.pax:
+            self.pax.update(zip([first + at for at in run.pax], run.pax.values(), strict=True))
 
     def entries(self) -> Entries:
         """The members so far, in columns that may still grow."""

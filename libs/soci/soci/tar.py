@@ -6,7 +6,8 @@ Neither holds more than one extension header of the archive in memory, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import chain
 from typing import Final
 
 from soci.entries import BLOCK, TYPES, Draft, Entries
@@ -26,7 +27,7 @@ ENTRY_BYTES: Final = 200
 RECORD_BYTES: Final = 40
 """About what a PAX record takes beside its key and value."""
 LONGEST_RUN: Final = 4096
-"""Headers that are read together at most, and that are read one by one at most after one that spoiled a run."""
+"""Members that are read together at most, and that are read one by one at most after one that spoiled a run."""
 REGULAR: Final = TYPES.index("reg")
 
 
@@ -43,7 +44,7 @@ class TarWalker:
         self._headers = Headers(sparse=compat)
         self._buffer = bytearray()  # of what the headers want next
         self._table_bytes = 0
-        self._careful = 0  # headers to be read one by one before the next run
+        self._careful = 0  # members to be read one by one before the next run
         self._penalty = MIN_RUN
 
     @property
@@ -86,30 +87,30 @@ class TarWalker:
 
     def _run(self, piece: bytes, start: int) -> int:
         """Take the members from ``start`` on that can be read together; where they and their data end in ``piece``."""
-        run, seen = read_run(piece, start, LONGEST_RUN)
+        run, seen = read_run(piece, start, LONGEST_RUN, self._headers.parse)
         if seen < MIN_RUN:
             self._careful = seen + 1
             return start
         taken = len(run.names) if run else 0
         if taken == seen:
             self._penalty = MIN_RUN
-        else:  # where many headers are of other forms, looking ahead in vain must not cost much
+        else:  # where many members are of other forms, looking ahead in vain must not cost much
             self._careful = self._penalty
             self._penalty = min(2 * self._penalty, LONGEST_RUN)
         if run is None:
             return start
         origin = self._headers.position - start
         self._members.extend(run, origin)
-        self._account(taken, sum(map(len, run.names)) + sum(map(len, run.links)))
+        extra = _record_bytes(run.pax.values()) if run.pax else 0
+        self._account(taken, sum(map(len, run.names)) + sum(map(len, run.links)) + extra)
         end = run.places[-1] + BLOCK
         self._headers.jump(origin + end, run.sizes[-1] if run.types[-1] == REGULAR else 0)
         return end + self._headers.skip(len(piece) - end)
 
     def _add(self, entry: TocEntry) -> None:
         self._careful = max(0, self._careful - 1)
-        extra = sum(RECORD_BYTES + len(key) + len(value) for key, value in entry.pax.items())
         self._members.add(entry)
-        self._account(1, len(entry.name) + len(entry.linkname) + extra)
+        self._account(1, len(entry.name) + len(entry.linkname) + _record_bytes([entry.pax]))
 
     def _account(self, members: int, texts: int) -> None:
         self._table_bytes += ENTRY_BYTES * members + texts
@@ -175,6 +176,12 @@ def iter_members(read: Callable[[int], bytes]) -> Iterator[Member]:
             if not piece:
                 return
             headers.skip(len(piece))
+
+
+def _record_bytes(pax: Collection[Mapping[bytes, bytes]]) -> int:
+    """About what the PAX records of some members take in a zTOC."""
+    keys, values = chain.from_iterable(pax), chain.from_iterable([records.values() for records in pax])
+    return RECORD_BYTES * sum(map(len, pax)) + sum(map(len, keys)) + sum(map(len, values))
 
 
 def _read_fully(read: Callable[[int], bytes], count: int) -> bytes:

@@ -78,6 +78,7 @@ class Headers:
         self.position = 0  # bytes given and skipped so far
         self.data = 0
         self.padding = 0
+        self.parse = tar_pax.Parser()  # remembers what records look like
         self._sparse = sparse
         self._skip_global = global_pax == "skip"
         self._give: Callable[[bytes], TocEntry | None] = self._header
@@ -147,7 +148,7 @@ class Headers:
 
     def _take_payload(self, data: bytes) -> None:
         if self._payload == b"x":
-            self._records = tar_pax.parse_records(data)
+            self._records = self.parse(data)
         elif self._payload == b"L":
             self._long_name = _text(data)
         elif self._payload == b"K":

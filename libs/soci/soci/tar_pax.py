@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from soci.errors import InvalidTar
 
 MAX_PAYLOAD_BYTES: Final = 1 << 20
 """Bytes of one extension header's payload, and of one sparse map."""
+MAX_FORMS: Final = 1024
+"""Forms of payloads that a `Parser` remembers."""
 
+_LONGEST_FORM: Final = 1024  # bytes of a payload whose form is remembered
+_BEGINNING: Final = 8  # bytes that tell forms of one length apart
 _DECIMAL: Final = re.compile(rb"[+-]?[0-9]+")
 _FRACTION: Final = re.compile(rb"[0-9]*")
 _TEXTS: Final = frozenset((b"path", b"linkpath", b"uname", b"gname"))
@@ -48,6 +54,61 @@ def parse_records(payload: bytes) -> dict[bytes, bytes]:
     if sparse:
         found[_SPARSE_MAP] = b",".join(sparse)
     return found
+
+
+class Parser:
+    """Parses payloads as `parse_records` does, faster where many are alike.
+
+    A layer's members have records with the same keys, and values of few lengths. So where the last payload of some
+    length had its lengths, keys and ends of records, the next one most likely has them too: then its values are there.
+    """
+
+    def __init__(self) -> None:
+        self._forms: dict[tuple[int, bytes], _Form] = {}
+
+    def __call__(self, payload: bytes) -> dict[bytes, bytes]:
+        """The records of a payload; raises `InvalidTar`."""
+        look = (len(payload), payload[:_BEGINNING])
+        form = self._forms.get(look)
+        if form is not None:
+            words = form.unpack(payload)
+            if words[::2] == form.fixed and not (form.texts and b"\0" in payload):
+                return dict(zip(form.keys, words[1::2]))  # noqa: B905  (of one length; saying so takes as long as the rest)
+        records = parse_records(payload)
+        if len(payload) <= _LONGEST_FORM:
+            form = _form(payload, records)
+            if form is not None and (look in self._forms or len(self._forms) < MAX_FORMS):
+                self._forms[look] = form
+        return records
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """All of a payload but its values."""
+
+    unpack: Callable[[bytes], tuple[bytes, ...]]  # what is fixed, and between that the values
+    fixed: tuple[bytes, ...]
+    keys: tuple[bytes, ...]
+    texts: bool  # whether some values must have no NUL
+
+
+def _form(payload: bytes, records: Mapping[bytes, bytes]) -> _Form | None:
+    """The form of ``payload``, whose records are ``records``; None where they are not simply one behind the other."""
+    fixed, code, at, between = [], "", 0, b""
+    for key, value in records.items():
+        length = payload.find(b"=", at) + 1 - at
+        end = at + length + len(value)
+        head = payload[at : at + length]
+        if head.partition(b" ")[2] != key + b"=" or payload[at + length : end + 1] != value + b"\n":
+            return None  # a key came twice, or sparse records were put together
+        fixed.append(between + head)
+        code += f"{len(between) + length}s{len(value)}s"
+        between = b"\n"
+        at = end + 1
+    if at != len(payload) or not records:
+        return None
+    fixed.append(between)
+    return _Form(struct.Struct(code + "1s").unpack, tuple(fixed), tuple(records), not _TEXTS.isdisjoint(records))
 
 
 def parse_int(text: bytes) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from soci.entries import Slices
@@ -21,6 +22,7 @@ _SHORTEST: Final = 20
 _LONGEST: Final = 30  # nine digits of fraction
 _PATTERN: Final = b"dddd-dd-ddTdd:dd:dd"  # d: a digit
 _DIGITS: Final = ((0, 4), (5, 2), (8, 2), (11, 2), (14, 2), (17, 2))
+_PAIRS: Final = (0, 2, 5, 8, 11, 14, 17)
 _DAY: Final = 86_400
 _ERA_DAYS: Final = 146_097  # of 400 years, after which the calendar repeats
 _DAYS_TO_EPOCH: Final = 719_468  # from 0000-03-01, with which the years of the arithmetic begin
@@ -101,12 +103,18 @@ def format_times(seconds: Numbers) -> list[bytes]:
     month = (month + 2) % 12 + 1
     text = np.empty((len(seconds), TEXT_BYTES), np.uint8)
     text[:] = np.frombuffer(b"0000-00-00T00:00:00Z", np.uint8)
-    for (first, count), value in zip(
-        _DIGITS, (year, month, day, rest // 3600, rest // 60 % 60, rest % 60), strict=True
-    ):
-        left = value
-        for at in reversed(range(first, first + count)):
-            left, digit = np.divmod(left, 10)
-            text[:, at] += digit.astype(np.uint8)
+    century, year = np.divmod(year, 100)
+    parts = (century, year, month, day, rest // 3600, rest // 60 % 60, rest % 60)
+    pairs = _pairs()
+    for first, value in zip(_PAIRS, parts, strict=True):
+        text[:, first : first + 2] = pairs[value]
     found: list[bytes] = text.view(f"S{TEXT_BYTES}").ravel().tolist()
     return found
+
+
+@cache
+def _pairs() -> NDArray[np.uint8]:
+    """The two digits of each number below 100."""
+    import numpy as np  # noqa: PLC0415
+
+    return np.frombuffer(b"".join(b"%02d" % number for number in range(100)), np.uint8).reshape(100, 2)

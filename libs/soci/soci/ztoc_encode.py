@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import Final
+from typing import Any, Final
 
 from soci.entries import Row, rows_backwards
 from soci.errors import InvalidZtoc, LimitExceeded
@@ -22,7 +23,9 @@ ALGORITHM_NUMBERS: Final = {"gzip": 1, "uncompressed": 2, "zstd": 3}
 BATCH: Final = 4096
 """Members that are written to one piece of the buffer."""
 MAX_WORDS: Final = 1024
-"""Owners, links and types, as they stand in the buffer, that are kept: most members have the same ones."""
+"""Owners, links and types, as they stand in the buffer, that are kept: most members have the same ones. And shapes."""
+MAX_SHAPE_BYTES: Final = 4096
+"""Bytes of a shape of PAX records that is kept."""
 
 _GZIP: Final = 1  # the schema's default, hence not written
 _ROOT: Final = ((0, "I"), (1, "I"), (4, "I"), (2, "q"), (3, "q"), (5, "I"))
@@ -30,7 +33,6 @@ _TOC: Final = ((0, "I"),)
 _COMPRESSION: Final = ((1, "i"), (2, "I"), (3, "I"), (0, "b"))
 _ENTRY: Final = tuple(enumerate("IIqqIqIIIIIqqI"))
 _SCALARS: Final = (2, 3, 5, 6, 7, 11, 12)
-_RECORD: Final = ((0, "I"), (1, "I"))
 _NO_VECTOR: Final = bytes(4)  # an empty one
 
 
@@ -73,6 +75,7 @@ class _Members:
         self.marks: list[int] = []
         self._writer = writer
         self._layouts: dict[tuple[bool, ...], tuple[Layout, ...]] = {}
+        self._shapes: dict[tuple[object, ...], _Shape] = {}
         self._middles: dict[tuple[bytes, bytes, bytes, bytes], tuple[bytes, int, int, int, int]] = {}
 
     def write(self, rows: Iterator[Row]) -> None:
@@ -86,9 +89,9 @@ class _Members:
             middle_, to_uname, to_link, to_kind, to_name = middle(gname, uname, link, kind)
             behind = time_ + middle_ + name_
             if pax:
-                records, vector = self._records(pax, mark + len(behind))
-                pieces += (behind, records, vector)
-                to_time = len(records) + len(vector)
+                records = self._records(pax, mark + len(behind))
+                pieces += (behind, records)
+                to_time = len(records)
             else:
                 pieces += (behind, _NO_VECTOR)
                 to_time = 4
@@ -119,30 +122,24 @@ class _Members:
         pieces.reverse()
         writer.put(b"".join(pieces))
 
-    def _records(self, pax: Mapping[bytes, bytes], mark: int) -> tuple[bytes, bytes]:
-        """PAX records in ascending order of their keys, written at ``mark``, and the vector of them."""
-        pieces: list[bytes] = []
-        marks: list[int] = []
+    def _records(self, pax: Mapping[bytes, bytes], mark: int) -> bytes:
+        """PAX records in ascending order of their keys, written at ``mark``, and before them the vector of them."""
         vtables = self._writer.vtables
-        for key in sorted(pax):
-            key_, value_ = text(key), text(pax[key])
-            mark += len(key_) + len(value_)
-            made = _RECORD_LAYOUT
-            at = mark + made.length
-            vtable = vtables.get(made.vtable)
-            words = (len(made.vtable) if vtable is None else vtable - at, made.places[1], made.places[0] + len(value_))
-            pieces += (key_, value_, made.pack(*words))
-            mark = at
-            marks.append(at)
-            if vtable is None:
-                pieces.append(made.vtable)
-                mark = vtables[made.vtable] = at + len(made.vtable)
-        pieces.reverse()
-        at = mark + 4 * len(marks)
-        vector = struct.pack(
-            f"<I{len(marks)}I", len(marks), *(at - 4 * number - made_at for number, made_at in enumerate(marks))
-        )
-        return b"".join(pieces), vector
+        vtable = vtables.get(_RECORD.vtable)
+        first = vtable is None
+        shape = (first, *pax, *map(len, pax.values()))
+        made = self._shapes.get(shape)
+        if made is None:
+            made = _shape(pax, first=first)
+            if len(self._shapes) < MAX_WORDS and len(made.vector) + made.length <= MAX_SHAPE_BYTES:
+                self._shapes[shape] = made
+        if vtable is None:
+            vtable = vtables[_RECORD.vtable] = mark + made.vtable
+        to_vtable = vtable - mark
+        words: list[bytes | int] = [made.vector]
+        for key, back, head, tail in made.records:
+            words += (to_vtable - back, head, pax[key], tail)
+        return made.pack(*words)  # type: ignore[no-any-return]
 
     def _layout(self, key: tuple[bool, ...]) -> tuple[Layout, ...]:
         present = [True] * len(_ENTRY)
@@ -165,7 +162,43 @@ class _Members:
         return found
 
 
-_RECORD_LAYOUT: Final = layout(_RECORD, (True, True), 0)
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """How the records of a member look that has certain keys, and values of certain lengths: all but the values."""
+
+    pack: Any  # of the vector, then of each record, from the last to the first: offset to the vtable, head, value, tail
+    vector: bytes
+    records: tuple[tuple[bytes, int, bytes, bytes], ...]  # the key, and from the mark before all records to the table's
+    length: int  # bytes, the values and the vector not included
+    vtable: int  # bytes from the mark before all records to that of the vtable, where it is among them
+
+
+def _shape(pax: Mapping[bytes, bytes], *, first: bool) -> _Shape:
+    """The shape of ``pax``; ``first`` where the buffer has no records yet: their vtable follows the first of them."""
+    back, vtable, marks, form = 0, 0, [], ""
+    records: list[tuple[bytes, int, bytes, bytes]] = []
+    between = b""
+    for key in sorted(pax):
+        key_, value_ = text(key), text(pax[key])
+        back += len(key_) + len(value_) + _RECORD.length
+        marks.append(back)
+        # The table without the offset to its vtable, then the value's length.
+        head = _RECORD.pack(0, _RECORD.places[1], _RECORD.places[0] + len(value_))[4:] + value_[:4]
+        records.append((key, back, head, key_ + between))
+        form = f"i{len(head)}s{len(value_) - 4}s{len(key_) + len(between)}s{form}"
+        between = b""
+        if first and not vtable:
+            between = _RECORD.vtable
+            vtable = back = back + len(between)
+    at = back + 4 * len(marks)
+    offsets = (at - 4 * number - mark for number, mark in enumerate(marks))
+    vector = struct.pack(f"<I{len(marks)}I", len(marks), *offsets) + between
+    length = sum(len(head) + len(tail) for _, _, head, tail in records)
+    packer = struct.Struct(f"<{len(vector)}s{form}").pack
+    return _Shape(packer, vector, tuple(reversed(records)), length, vtable)
+
+
+_RECORD: Final = layout(((0, "I"), (1, "I")), (True, True), 0)
 
 
 def _raw(raw: str) -> bytes:

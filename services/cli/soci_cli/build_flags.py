@@ -21,11 +21,27 @@ MAX_NAMES_BYTES: Final = 4 << 20
 """Bytes of a ``--prefetch-files-json`` file."""
 
 
+class PlatformCommand(click.Command):
+    """A verb with `platform_flags` that takes ``--all-platforms true``, as nerdctl says it, for one flag."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As the base class."""
+        pairs = zip(["", *args], args, strict=False)
+        return super().parse_args(ctx, [word for before, word in pairs if (before, word) != _SAID_IN_FULL])
+
+
+_SAID_IN_FULL: Final = ("--all-platforms", "true")
+
+
 def platform_flags(function: F) -> F:
     """``--platform`` (as ``platforms``, repeatable) and ``--all-platforms``."""
     function = click.option("--all-platforms", is_flag=True, help="Every platform that the image has.")(function)
     return click.option(
-        "--platform", "-p", "platforms", multiple=True, help="os/architecture[/variant]; may be given several times."
+        "--platform",
+        "-p",
+        "platforms",
+        multiple=True,
+        help="os/architecture[/variant]; several with commas, or the flag again.",
     )(function)
 
 
@@ -59,8 +75,8 @@ def index_flags(function: F) -> F:
 
 
 def parse_platforms(texts: Sequence[str]) -> tuple[Platform, ...]:
-    """Platforms without repetitions, in the order given."""
-    return tuple(dict.fromkeys(map(parse_platform, texts)))
+    """Platforms without repetitions, in the order given; a text may name several with commas between them."""
+    return tuple(dict.fromkeys(parse_platform(name) for text in texts for name in text.split(",")))
 
 
 def wish_of(  # noqa: PLR0913  one parameter a flag

@@ -12,7 +12,7 @@ import click
 from soci.errors import NoZtoc
 from soci.oci import Platform
 from soci_cli.border import run_command
-from soci_cli.build_flags import index_flags, parse_platforms, platform_flags, wish_of
+from soci_cli.build_flags import PlatformCommand, index_flags, parse_platforms, platform_flags, wish_of
 from soci_cli.local import ImageManifest, Local, find_image, keep_with_image, manifests_of, opened
 from soci_cli.progress import BuildScreen, warn
 from soci_cli.values import Globals
@@ -73,7 +73,7 @@ def summary(one: ImageManifest, result: IndexResult) -> str:
     return f"index {result.descriptor.digest} for {one.platform}: {counts}{lists}"
 
 
-@click.command("create")
+@click.command("create", cls=PlatformCommand)
 @click.argument("image")
 @platform_flags
 @index_flags

@@ -27,7 +27,7 @@ from soci.oci import (
     parse_platform,
 )
 from soci.reference import parse_reference
-from soci_cli.containerd_store import ContainerdStore, label_image, list_images
+from soci_cli.containerd_store import ContainerdStore
 from soci_cli.values import DEFAULT_PLATFORM, Globals
 from soci_containerd import Client, Image, connect
 from soci_indexing.artifacts import FILE_NAME, ArtifactsDb
@@ -110,7 +110,7 @@ async def all_images(flags: Globals) -> list[Image]:
     """Containerd's images; with artifacts below ``--root``, none where containerd is away."""
     try:
         async with connect(flags.address, flags.namespace) as client:
-            return await list_images(client)
+            return await client.images.all()
     except Unavailable:
         if flags.content_store == "soci":
             return []
@@ -194,15 +194,15 @@ async def keep_with_image(local: Local, name: str, indexes: Iterable[Digest]) ->
             if digest not in (value for key, value in taken.items() if is_index_label(key)):
                 free = (key for key in _index_labels() if not taken.get(key))
                 added[next(free, GC_INDEX)] = digest
-        await label_image(local.client, name, added)
+        await local.client.images.update_labels(name, added)
 
 
 async def forget_with_images(client: Client, indexes: Iterable[Digest]) -> None:
     """Take the labels of these indexes from all images."""
     gone = set(indexes)
-    for image in await list_images(client):
+    for image in await client.images.all():
         dead = {key: "" for key, value in image.labels.items() if is_index_label(key) and value in gone}
-        await label_image(client, image.name, dead)
+        await client.images.update_labels(image.name, dead)
 
 
 def is_index_label(key: str) -> bool:

@@ -12,7 +12,8 @@ import click
 from soci.errors import InvalidConfig
 from soci.reference import Reference, parse_reference
 from soci_cli.border import run_command
-from soci_cli.build_flags import parse_platforms, platform_flags
+from soci_cli.build_flags import PlatformCommand, parse_platforms, platform_flags
+from soci_cli.hosts import CommandHosts
 from soci_cli.local import opened
 from soci_cli.progress import warn
 from soci_cli.push_index import EXISTING, Existing, PushScreen, PushWish, push_indexes
@@ -23,9 +24,7 @@ DEFAULT_UPLOADS: Final = 3
 MAX_UPLOADS: Final = 64
 
 NO_EFFECT: Final = {
-    "skip_verify": "--skip-verify",
     "refresh": "--refresh",
-    "hosts_dir": "--hosts-dir",
     "tlscert": "--tlscert",
     "tlskey": "--tlskey",
     "http_dump": "--http-dump",
@@ -47,7 +46,7 @@ def credentials_of(user: str, reference: Reference) -> Credentials:
     return FixedLogin(Login(name, password), reference.registry)
 
 
-@click.command("push")
+@click.command("push", cls=PlatformCommand)
 @click.argument("image")
 @platform_flags
 @click.option(
@@ -67,10 +66,10 @@ def credentials_of(user: str, reference: Reference) -> Credentials:
 @click.option("--user", "-u", default="", help="user[:password] for the registry.")
 @click.option("--plain-http", is_flag=True, help="Speak HTTP to the registry.")
 @click.option("--tlscacert", type=click.Path(), help="Certificate authorities to trust (PEM).")
+@click.option("--skip-verify", "-k", is_flag=True, help="Take any certificate of the registry's hosts.")
+@click.option("--hosts-dir", "hosts_dirs", multiple=True, help="A folder of HOST/hosts.toml, as containerd has them.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only the digest of what was pushed.")
-@click.option("--skip-verify", "-k", is_flag=True, help="Accepted, without effect.")
 @click.option("--refresh", help="Accepted, without effect.")
-@click.option("--hosts-dir", multiple=True, help="Accepted, without effect.")
 @click.option("--tlscert", help="Accepted, without effect.")
 @click.option("--tlskey", help="Accepted, without effect.")
 @click.option("--http-dump", is_flag=True, help="Accepted, without effect.")
@@ -86,9 +85,11 @@ def command(  # noqa: PLR0913, PLR0917  one parameter a flag
     max_concurrent_uploads: int,
     user: str,
     tlscacert: str | None,
+    hosts_dirs: tuple[str, ...],
     *,
     all_platforms: bool,
     plain_http: bool,
+    skip_verify: bool,
     quiet: bool,
     **without_effect: Any,
 ) -> None:
@@ -99,13 +100,17 @@ def command(  # noqa: PLR0913, PLR0917  one parameter a flag
     uploads = max_concurrent_uploads or DEFAULT_UPLOADS
     wish = PushWish(image, parse_platforms(platforms), all_platforms, existing_index, uploads)
     reference = parse_reference(image)
-    hosts = frozenset({reference.registry}) if plain_http else frozenset()
-    settings = RegistrySettings(plain_http=hosts, ca_file=tlscacert)
+    plain = frozenset({reference.registry}) if plain_http else frozenset()
+    settings = RegistrySettings(plain_http=plain, ca_file=tlscacert)
+    hosts = CommandHosts(hosts_dirs, plain, skip_verify=skip_verify)
     login = credentials_of(user, reference)
 
     async def work() -> None:
         with PushScreen(quiet=quiet) as screen:
-            async with opened(flags) as local, Registry(settings=settings, credentials=login) as registry:
+            async with (
+                opened(flags) as local,
+                Registry(settings=settings, credentials=login, hosts=hosts) as registry,
+            ):
                 await push_indexes(local, registry, wish, screen)
 
     run_command(work, flags)

@@ -16,7 +16,6 @@ from soci.errors import InvalidDigest, NotFound, SociError
 from soci.index import IMAGE_MANIFEST_DIGEST_ANNOTATION, SOCI_INDEX_V2, IndexEntry, SociIndex, parse_index
 from soci.oci import MAX_CONFIG_BYTES, MAX_MANIFEST_BYTES, ImageIndex, Manifest, parse_config, parse_manifest
 from soci_cli.border import run_command
-from soci_cli.containerd_store import list_images
 from soci_cli.local import Local, opened
 from soci_cli.progress import warn
 from soci_cli.values import Globals
@@ -63,7 +62,7 @@ async def rebuild(local: Local) -> Rebuilt:
     await asyncio.to_thread(local.db.remove, gone)
     entries = {(one.digest, one.original_digest) for one in artifacts if one.digest not in gone}
     indexes = {one.digest for one in artifacts if one.type == INDEX}
-    known = await _known(local, await list_images(local.client))
+    known = await _known(local, await local.client.images.all())
     added: list[Artifact] = []
     for digest, size in there.items():
         index = await _index(local, digest) if MIN_INDEX_BYTES <= size <= MAX_MANIFEST_BYTES else None

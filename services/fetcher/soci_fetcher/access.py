@@ -29,6 +29,8 @@ from soci_runtime.logs import log
 LOGIN_SECONDS = 5.0
 """How long the snapshotter may take to say which login came with a pull; then the next source is asked."""
 
+GOOD_NEWS = frozenset({"host used again", "source of logins back", "cluster's secrets followed", "kubeconfig awaited"})
+
 COMMON_RETRIES = Config().blob_max_retries
 """Where nobody has set how often ranges are tried, their time alone limits them."""
 
@@ -94,4 +96,4 @@ async def logins(config: Config, question: BusQuestion) -> AsyncIterator[Credent
 
 def tell(what: str, /, **facts: object) -> None:
     """One line in the log for what an operator wants to know of mirrors and sources of logins."""
-    log.warning(what, **facts)
+    (log.info if what in GOOD_NEWS else log.warning)(what, **facts)

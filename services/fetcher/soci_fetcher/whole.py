@@ -97,6 +97,8 @@ class WholeBlobs:
             try:
                 size = await self._fill(image, layer, size, writer)
             except (SociError, OSError) as error:
+                if isinstance(error, Mismatch):  # the next try begins at another mirror
+                    self._registry.repository(image).distrust(layer)
                 if not isinstance(error, Unavailable):  # that may pass, and then what is there is used
                     writer.finish(FAILED)
                 raise

@@ -18,10 +18,12 @@ from soci_runtime.config import Config
 from soci_runtime.flights import Flights
 from soci_runtime.logs import log
 from soci_runtime.serve import Process, service_command, trouble
+from soci_snapshotter import userxattr
 from soci_snapshotter.cri import keychain
 from soci_snapshotter.directories import numbers
 from soci_snapshotter.grpc_door import claim_socket, listening, place_of
 from soci_snapshotter.history import History
+from soci_snapshotter.idmap import mapped_places
 from soci_snapshotter.images import Images
 from soci_snapshotter.layers import Layers
 from soci_snapshotter.mode import Rules
@@ -112,11 +114,14 @@ async def run(config: Config, process: Process) -> None:
     folder = config.root / "snapshotter"
     places = Places(folder / "snapshots", config.mounts, config.cache)
     make_folders(folder, places)
+    if userxattr.needed():
+        log.info("in a user namespace: overlays are mounted with userxattr")
     with only_one(folder), ThreadPoolExecutor(1, "database") as thread:
         loop = asyncio.get_running_loop()
         store = await loop.run_in_executor(thread, SnapshotStore, folder / "metadata.db")
         # directories of calls that a crash cut short, or of a database that was moved away: not to be used again
-        await loop.run_in_executor(thread, store.reserve, numbers(places.snapshots))
+        on_disk = numbers(places.snapshots) | mapped_places(places.snapshots).keys()
+        await loop.run_in_executor(thread, store.reserve, on_disk)
         address, outside = place_of(config.address, folder)
         await claim_socket(address)
         async with AsyncExitStack() as stack:

@@ -23,6 +23,8 @@ SILENCE: Final = 3
 """After so many looks in a row that found no writer of a blob, its fetcher is dead and another one is asked."""
 FETCH_TRIES: Final = 3
 """Asks for one blob in a row of which none brought anything."""
+CANCEL_AGAIN: Final = 0.5
+"""Seconds after which an ask that did not end is told again."""
 RETRY_SECONDS: Final = 1.0
 """Before the next ask: a fetcher that is started again takes a moment."""
 
@@ -61,6 +63,6 @@ async def _ask(bus: Bus, ask: FetchLayer, blob: Path, trace: TraceParent | None)
                 raise Unavailable(f"the fetcher of {ask.layer} is gone")
         return asking.result().size
     finally:
-        if not asking.done():
+        while not asking.done():  # again: Python 3.11's wait_for, within the client of the bus, may swallow one
             asking.cancel()
-            await asyncio.wait([asking])
+            await asyncio.wait([asking], timeout=CANCEL_AGAIN)

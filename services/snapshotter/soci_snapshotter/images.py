@@ -36,6 +36,8 @@ IMAGE_TTL = 60.0
 index is not kept at all here: the fetchers remember it, for as long as ``index_failure_ttl_sec`` says."""
 AHEAD_AT_ONCE = 8
 """zTOCs that are asked for ahead at a time."""
+ANSWER_GRACE = 1.0
+"""Seconds beyond a call's end in which an answer is waited for: a late one mostly says why it is late."""
 AHEAD_LAYERS = 512
 """Layers of an image that are looked at ahead."""
 
@@ -228,7 +230,7 @@ def _good(answer: asyncio.Future[T] | None) -> asyncio.Future[T] | None:
 async def _until(answer: asyncio.Future[T], ends: float) -> T:
     """Wait for what others wait for too, at most until the loop's time ``ends``."""
     try:
-        async with asyncio.timeout_at(ends):
+        async with asyncio.timeout_at(ends + ANSWER_GRACE):
             return await join(answer)
     except TimeoutError as error:
         raise DeadlineExceeded("there was no answer within mount_timeout_sec") from error

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blobs of whole layers in containerd's content store, so that an image which we brought can be pushed and exported.
 
-A blob is kept for as long as its image's manifest: a label of the manifest refers to it, as the labels that containerd's
-own pull sets do. Until that is set a lease keeps it. Our own store keeps no blobs.
+A blob is kept for as long as its image's manifest: a label of the manifest refers to it, as those of containerd's own
+pull do. Until that is set a lease keeps it. Our own store keeps no blobs.
 """
 
 from __future__ import annotations

@@ -69,9 +69,17 @@ async def _accept(
             log.warning("a connection was not accepted", error=error)
             await asyncio.sleep(ACCEPT_PAUSE)
             continue
-        one = tasks.create_task(_join(client, inside))
+        one = tasks.create_task(_joined(client, inside))
         joined.add(one)
         one.add_done_callback(ended)
+
+
+async def _joined(client: socket.socket, inside: str) -> None:
+    """No connection ends another one, nor the service, whatever becomes of it."""
+    try:
+        await _join(client, inside)
+    except Exception as error:  # noqa: BLE001  the border of a connection
+        log.error("a connection failed", error=error, exc_info=error)
 
 
 async def _join(client: socket.socket, inside: str) -> None:

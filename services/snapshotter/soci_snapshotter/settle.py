@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from soci_snapshotter import userxattr
 from soci_snapshotter.parents import DIRECTORY, Parents, Parts
 
 _OVERLAY = ("trusted.overlay.", "user.overlay.")
@@ -99,7 +100,7 @@ def _below(lower: Sequence[Path], parts: Parts) -> int | None:
 
 def _is_opaque(directory: int) -> bool:
     try:
-        return os.getxattr(directory, "trusted.overlay.opaque") == b"y"
+        return os.getxattr(directory, userxattr.opaque()) == b"y"
     except OSError:
         return False
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from soci.errors import AlreadyExists, FailedPrecondition, InvalidInput, SociError, Unavailable, Unsupported
@@ -36,7 +37,7 @@ from soci_snapshotter.mode import Defer, Lazy
 from soci_snapshotter.mounts import OVERLAY_LAYERS, Mount, Places, is_lazy, mounts_of
 from soci_snapshotter.state import Kind, Snapshot
 from soci_snapshotter.store import SnapshotStore
-from soci_snapshotter.usage import disk_usage, lazy_usage
+from soci_snapshotter.usage import disk_usage, few_usage, lazy_usage
 
 ATTACH_TIMEOUT = 2.0
 """Seconds in which the mounter takes note of a launch; without it misses are only filed under the launch before."""
@@ -116,14 +117,23 @@ class Snapshots:
 
     async def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str) -> None:
         """Make an active snapshot a committed one."""
-        found = await self._db(self._store.find, key)
-        size = inodes = 0
-        if found and found.kind == "active":
-            size, inodes = await asyncio.to_thread(disk_usage, self._places.upper(found.id))
         wanted = names.without_ours(labels)
         if is_remapped(name, key):
             wanted[names.MAPPED] = "true"
-        await self._db(self._store.commit, name, key, wanted, parent=parent, size=size, inodes=inodes)
+
+        def commit_few() -> Path | None:  # in one go, where little is to be measured; else what is
+            found = self._store.find(key)
+            upper = self._places.upper(found.id) if found and found.kind == "active" else None
+            usage = few_usage(upper) if upper else (0, 0)
+            if usage is None:
+                return upper
+            self._store.commit(name, key, wanted, parent=parent, size=usage[0], inodes=usage[1])
+            return None
+
+        upper = await self._db(commit_few)
+        if upper:
+            size, inodes = await asyncio.to_thread(disk_usage, upper)
+            await self._db(self._store.commit, name, key, wanted, parent=parent, size=size, inodes=inodes)
 
     async def remove(self, key: str) -> None:
         """Forget a snapshot; `cleanup` frees what it held."""

@@ -29,6 +29,7 @@ from soci.oci import layer_compression
 from soci.tar import Member, iter_members
 from soci.toc import MAX_ENTRIES, Algorithm, TocEntry
 from soci.ztoc import mtime_ns, xattrs
+from soci_snapshotter import userxattr
 from soci_snapshotter.directories import error_of, remove_tree
 from soci_snapshotter.inflated import LAYER_BYTES, Blob, Inflated
 from soci_snapshotter.parents import DIRECTORY, Parents, Parts
@@ -47,6 +48,8 @@ EARLY_BYTES: Final = 1 << 18
 OPAQUE = b".wh..wh..opq"
 WHITEOUT = b".wh."
 
+# An image may not steer overlayfs. containerd leaves out the first too; lazy layers show neither.
+_NOT_SET = (b"trusted.", b"user.overlay.")
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _SYNC_FILE_RANGE_WRITE: Final = 2
 
@@ -194,7 +197,7 @@ class _Layer:
             return 0
         name = parts[-1]
         if name == OPAQUE:
-            os.setxattr(self._parents.open(parts[:-1], self._imply), "trusted.overlay.opaque", b"y")
+            os.setxattr(self._parents.open(parts[:-1], self._imply), userxattr.opaque(), b"y")
             return 0
         if name.startswith(WHITEOUT):
             _whiteout(self._parents.open(parts[:-1], self._imply), name[len(WHITEOUT) :])
@@ -378,7 +381,7 @@ def _id(number: int) -> int:
 
 def _set_xattrs(where: int | bytes, entry: TocEntry) -> None:
     for key, value in xattrs(entry).items():
-        if key.startswith(b"trusted."):  # an image may not steer overlayfs; containerd leaves them out too
+        if key.startswith(_NOT_SET):
             continue
         try:
             if isinstance(where, int):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 from soci.digest import parse_digest
@@ -14,6 +15,8 @@ from soci_snapshotter.labels import ZTOC, read_remote_labels
 
 ENTRIES_LIMIT = 50_000_000
 """Directory entries that one walk looks at."""
+FEW_ENTRIES = 64
+"""Directory entries that are looked at sooner than another thread would begin to."""
 
 
 def lazy_usage(cache: Path | None, labels: Mapping[str, str]) -> tuple[int, int]:
@@ -33,19 +36,32 @@ def disk_usage(top: Path) -> tuple[int, int]:
     """Allocated bytes and inodes below ``top``, itself included, hard links counted once, other file systems left
     out; what vanishes meanwhile is not counted.
     """
+    size, inodes, _ = _walk(top, ENTRIES_LIMIT)
+    return size, inodes
+
+
+def few_usage(top: Path) -> tuple[int, int] | None:
+    """As `disk_usage`, where no more than `FEW_ENTRIES` are to be looked at; otherwise None, after a short look."""
+    size, inodes, looked = _walk(top, FEW_ENTRIES + 1)
+    return (size, inodes) if looked <= FEW_ENTRIES else None
+
+
+def _walk(top: Path, most: int) -> tuple[int, int, int]:
+    """Bytes, inodes, and directory entries looked at, which are ``most`` at most."""
     seen: set[int] = set()
     size = 0
     try:
         root = top.lstat()
     except OSError:
-        return 0, 0
+        return 0, 0, 0
     stack = [str(top)]
     seen.add(root.st_ino)
     size += root.st_blocks * 512
     looked = 0
-    while stack and looked < ENTRIES_LIMIT:
+    while stack and looked < most:
         try:
-            entries = list(os.scandir(stack.pop()))
+            with os.scandir(stack.pop()) as open_now:
+                entries = list(islice(open_now, most - looked))
         except OSError:
             continue
         looked += len(entries)
@@ -60,4 +76,4 @@ def disk_usage(top: Path) -> tuple[int, int]:
             size += found.st_blocks * 512
             if entry.is_dir(follow_symlinks=False):
                 stack.append(entry.path)
-    return size, len(seen)
+    return size, len(seen), looked
