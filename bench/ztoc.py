@@ -61,12 +61,18 @@ def small_files() -> Iterator[tuple[str, bytes]]:
     return ((name.format(i // 37, i % 5, i), text(int(rng.lognormvariate(7.2, 1)))) for i in range(FILES))
 
 
-def write_layer(path: Path, files: Iterator[tuple[str, bytes]]) -> None:
-    """A gzip layer, level 6, of ``files`` and their directories."""
+def long_names() -> Iterator[tuple[str, bytes]]:
+    """The small files, far down: no name fits into a header, so that GNU's form has one before each."""
+    return (("usr/lib/a-rather-long-name/" * 4 + name, data) for name, data in small_files())
+
+
+def write_layer(path: Path, files: Iterator[tuple[str, bytes]], times: tuple[str, ...] = ()) -> None:
+    """A gzip layer, level 6, of ``files`` and their directories; ``times`` are in PAX records before each file."""
     seen: set[str] = set()
+    form = tarfile.PAX_FORMAT if times else tarfile.GNU_FORMAT
     with (
         gzip.GzipFile(path, "wb", 6, mtime=0) as out,
-        tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT) as tar,
+        tarfile.open(fileobj=out, mode="w|", format=form) as tar,
     ):
         for number, (name, data) in enumerate(files):
             parts = name.split("/")
@@ -78,6 +84,7 @@ def write_layer(path: Path, files: Iterator[tuple[str, bytes]]) -> None:
                     tar.addfile(entry)
             entry = tarfile.TarInfo(name)
             entry.size, entry.mtime, entry.uname, entry.gname = len(data), 1_700_000_000 + number, "root", "root"
+            entry.pax_headers = dict.fromkeys(times, f"{1700000000 + number}.{number * 123456789 % 10**9:09d}")
             tar.addfile(entry, io.BytesIO(data))
 
 
@@ -168,12 +175,18 @@ def main(*, pairs: int, large: bool, one: tuple[str, Path] | None) -> None:
         click.echo(json.dumps([seconds, peak_memory()]))
         return
     with tempfile.TemporaryDirectory(prefix="soci-bench-") as folder:
-        layers = {"text": lambda: large_files(200 << 20), "small": small_files}
+        layers: dict[str, tuple[Callable[[], Iterator[tuple[str, bytes]]], tuple[str, ...]]] = {
+            "text": (lambda: large_files(200 << 20), ()),
+            "small": (small_files, ()),
+            "mtime": (small_files, ("mtime",)),
+            "times": (small_files, ("mtime", "atime", "ctime")),
+            "names": (long_names, ()),
+        }
         if large:
-            layers["large"] = lambda: large_files(1 << 30)
-        for name, files in layers.items():
+            layers["large"] = (lambda: large_files(1 << 30), ())
+        for name, (files, times) in layers.items():
             layer = Path(folder) / f"{name}.tar.gz"
-            write_layer(layer, files())
+            write_layer(layer, files(), times)
             click.echo(f"build {name:5} ({layer.stat().st_size >> 20:4} MiB): {compare('build', layer, pairs)}")
         click.echo(f"load  small ({FILES} files): {compare('load', Path(folder) / 'small.tar.gz', pairs)}")
 

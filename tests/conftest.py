@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from soci_dev.folders import cache_folder
 from soci_dev.proxy import Proxy
 from soci_dev.stack import Stack, clean_stale
 
 _PREFIX = "t-"  # short: socket paths are
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """A test that runs a service's `main` in this process leaves a logger that writes to a file which is closed."""
+    del item
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -260,6 +260,22 @@ def test_the_later_member_counts(tmp_path: Path) -> None:
             assert check(target / f"{first}-{second}"), (first, second)
 
 
+def test_a_directory_that_comes_back(tmp_path: Path) -> None:
+    """After a file stood in its place it is another directory: empty, and the one that later members go to."""
+    target = made_of(
+        [
+            member("d", DIR, mode=0o755),
+            member("d/e/f"),
+            member("d", content=b"x"),
+            member("d", DIR, mode=0o700),
+            member("d/e/g"),
+        ],
+        tmp_path,
+    )
+    assert [path.name for path in (target / "d/e").iterdir()] == ["g"]
+    assert stat.S_IMODE((target / "d").stat().st_mode) == 0o700
+
+
 HOSTILE: dict[str, bytes] = {
     "dots": tars.header(b"../../escape", size=3) + tars.padded(b"bad"),
     "dots-inside": tars.header(b"a/../../../escape", size=3) + tars.padded(b"bad"),

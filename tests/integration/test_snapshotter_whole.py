@@ -12,7 +12,7 @@ import stat
 import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from soci_snapshotter.whole import Arrived, WantedLayer, WholeLayers
 from support.bus import until
 from support.fetching import fetching
 from support.images import implied_directories, noise, torture_image
+from support.snapshotter import Calls
 from support.treecmp import Seen, differences, look
 
 pytestmark = pytest.mark.root
@@ -185,10 +186,11 @@ async def test_the_same_as_containerd(disk: Path, bare_stack: Stack) -> None:
         chain, theirs = "", list[Path]()
         for diff_id in pushed.diff_ids:
             chain = str(sha256_digest(f"{chain} {diff_id}".encode())) if chain else str(diff_id)
-        snapshots = ("snapshots", "--snapshotter", "overlayfs")
-        bare_stack.ctr(*snapshots, "view", "look", chain)
-        mount = bare_stack.ctr(*snapshots, "mounts", "/nowhere", "look").stdout
-        (options,) = [word for word in mount.replace(",", " ").split() if word.startswith("lowerdir=")]
+        calls = Calls(bare_stack.containerd_address, "overlayfs", bare_stack.namespace)
+        with closing(calls):
+            (mount,) = calls.view("look", chain)
+            calls.remove("look")
+        (options,) = [word for word in mount.options if word.startswith("lowerdir=")]
         theirs = [Path(folder) for folder in options.removeprefix("lowerdir=").split(":")][::-1]
         async with running(disk) as whole:
             whole.begin(pushed.reference, pushed.manifest, pushed.wanted)

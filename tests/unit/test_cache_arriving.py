@@ -105,15 +105,16 @@ def test_a_reader_does_not_wait_for_ever(blob: Path) -> None:
 
 def test_one_writer_at_a_time(blob: Path) -> None:
     """A second one is told that there is one; after the first let go it goes on behind what is there."""
-    assert not arriving.is_written(blob)
+    assert (arriving.is_written(blob), arriving.writers(blob)) == (False, 0)
     with closing(writing(blob)) as first:
-        assert arriving.is_written(blob)
+        assert (arriving.is_written(blob), arriving.writers(blob)) == (True, 1)
         assert ArrivingWriter.claim(blob) is None
         first.write(0, b"abc")
         first.advance(3)
     assert not arriving.is_written(blob)
     with closing(writing(blob)) as second:
         assert (second.arrived, second.state) == (3, COMING)
+        assert arriving.writers(blob) == 2
         buffer = bytearray(10)
         assert second.read_into(memoryview(buffer), 1) == 2
         assert buffer[:2] == b"bc"

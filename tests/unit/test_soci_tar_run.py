@@ -224,6 +224,14 @@ def test_a_parser_that_remembers_parses_the_same(seed: int, odd: float) -> None:
         assert outcome(parse, payload) == outcome(parse_records, payload)
 
 
+@pytest.mark.parametrize(("key", "good", "bad"), [(b"path", b"ab", b"a\0"), (b"GNU.sparse.offset", b"1", b",")])
+def test_what_is_remembered_lets_nothing_broken_pass(key: bytes, good: bytes, bad: bytes) -> None:
+    """A broken record is refused behind a good one that looked the same but for its value."""
+    parse = Parser()
+    for text in (good, good, bad):
+        assert outcome(parse, record(key, text)) == outcome(parse_records, record(key, text))
+
+
 def outcome(parse: Parse, payload: bytes) -> list[tuple[bytes, bytes]] | type[SociError]:
     """Records in their order, or the error's type."""
     try:

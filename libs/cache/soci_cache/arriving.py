@@ -6,7 +6,8 @@ first from its front and counts in the second, which both have mapped:
 
     0  8  bytes of the blob that are there, from its first on (this machine's byte order)
     8  1  0 coming, 1 complete and of its digest, 2 failed
-    9  7  zero
+    9  1  how many writers there have been, modulo 256
+    10 6  zero
 
 The count grows only behind the bytes, and only *complete* says that they are right: what is read before that is to be
 taken back where it never becomes complete. The writer holds a lock (flock(2)) on the second file, which the kernel
@@ -86,6 +87,15 @@ def progress(blob: Path) -> tuple[int, int]:
     return int.from_bytes(content[:8], sys.byteorder), content[8] if len(content) == SIZE else FAILED
 
 
+def writers(blob: Path) -> int:
+    """How many writers there have been, modulo 256: what tells a writer that died from one that is still to come."""
+    try:
+        content = beside(blob).read_bytes()
+    except OSError:
+        return 0
+    return content[9] if len(content) == SIZE else 0
+
+
 class _Count:
     """The mapped file beside a blob."""
 
@@ -111,6 +121,9 @@ class _Count:
     def state(self, state: int) -> None:
         self._map[8] = state
 
+    def add_writer(self) -> None:
+        self._map[9] = (self._map[9] + 1) % 256
+
     def close(self) -> None:
         self._words.release()
         self._map.close()
@@ -131,6 +144,7 @@ class ArrivingWriter:
             self._count.close()
             os.close(self._blob)
             raise InvalidInput(f"{blob} is no file")
+        self._count.add_writer()
 
     @classmethod
     def claim(cls, blob: Path) -> ArrivingWriter | None:

@@ -15,7 +15,7 @@ from soci.errors import BusUnavailable, DeadlineExceeded, SociError, Unavailable
 from soci.launch import TraceParent
 from soci_bus.asks import FetchLayer
 from soci_bus.face import LONGEST_ASK, Bus
-from soci_cache.arriving import COMING, is_written, progress
+from soci_cache.arriving import COMING, COMPLETE, is_written, progress, writers
 
 WATCH_SECONDS: Final = 1.0
 """How often it is looked whether the fetcher of a blob is still alive."""
@@ -52,17 +52,20 @@ def may_pass(error: SociError) -> bool:
 
 async def _ask(bus: Bus, ask: FetchLayer, blob: Path, trace: TraceParent | None) -> int:
     """One ask; `Unavailable` soon after the fetcher that was at it is no more."""
+    before = writers(blob)
     asking = asyncio.ensure_future(bus.ask(ask, timeout=LONGEST_ASK, trace=trace))
     try:
-        seen, silent = False, 0
+        silent = 0
         while not (await asyncio.wait([asking], timeout=WATCH_SECONDS))[0]:
-            written = is_written(blob)
-            seen = seen or written
-            silent = 0 if written or not seen or progress(blob)[1] != COMING else silent + 1
+            begun = writers(blob) != before  # an ask may also wait for its turn
+            silent = silent + 1 if begun and not is_written(blob) else 0
             if silent >= SILENCE:
+                arrived, state = progress(blob)
+                if state == COMPLETE:  # all that it did not do any more is to say so
+                    return arrived
                 raise Unavailable(f"the fetcher of {ask.layer} is gone")
         return asking.result().size
     finally:
-        while not asking.done():  # again: Python 3.11's wait_for, within the client of the bus, may swallow one
+        if not asking.done():
             asking.cancel()
-            await asyncio.wait([asking], timeout=CANCEL_AGAIN)
+            await asyncio.wait([asking])
