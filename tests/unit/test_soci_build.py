@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import gc
 import gzip
 import os
 import random
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +228,31 @@ def test_the_first_error_of_the_layer_is_raised(beside: type[Beside], monkeypatc
     builder = ZtocBuilder("gzip")
     with pytest.raises(InvalidGzip):
         builder.feed(gzip.compress(header(size=len(rest)) + rest, 1)[:300_000] + bytes(100_000))
+
+
+@pytest.mark.parametrize("beside", [Beside, Held])
+def test_a_builder_that_failed_is_gone_at_once(beside: type[Beside], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error, once dropped, keeps nothing of it: neither buffers nor members wait for a collection of garbage."""
+    monkeypatch.setattr(soci.build, "Beside", beside)
+    rest = bytes(1_500_000) + os.urandom(600_000)
+    tar_first = gzip.compress(header(size=3, checksum_off_by=1) + rest, 1)
+    gc.collect()
+    gc.disable()
+    try:
+        for blob in (tar_first, tar_first[:300_000] + bytes(100_000), gzip.compress(rest[:1000]), b"no gzip"):
+            builder = ZtocBuilder("gzip")
+            alive = weakref.ref(builder), weakref.ref(builder._way), weakref.ref(builder._beside)
+            try:
+                builder.feed(blob)
+                builder.finish()
+            except SociError:
+                pass
+            else:
+                pytest.fail("it is broken")
+            del builder
+            assert [one() for one in alive] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_done_after_a_failure() -> None:

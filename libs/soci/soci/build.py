@@ -109,9 +109,14 @@ class ZtocBuilder:
     def _end(self, error: BaseException) -> None:
         """End the work beside. What failed there is of earlier bytes than ``error``: it goes before."""
         self._beside.close()
-        failed = self._beside.failed
-        if failed is not None and failed is not error and isinstance(error, Exception):
-            raise failed from None
+        # Neither the thread's owner nor this frame may hold on to the error: its traceback holds on to them, and
+        # such a ring is kept, megabytes of buffers with it, until somebody looks for rings.
+        failed, self._beside.failed = self._beside.failed, None
+        try:
+            if failed is not None and failed is not error and isinstance(error, Exception):
+                raise failed from None
+        finally:
+            del failed, error
 
     def _feed(self, piece: bytes) -> None:
         self._beside.work(self._layer.update, piece)
@@ -127,7 +132,7 @@ class _Gzip:
 
     def __init__(self, span_size: int, walker: TarWalker, beside: Beside) -> None:
         self.tar = hashlib.sha256()
-        self._checkpoints = GzipCheckpoints(span_size, self._turn)
+        self._checkpoints = GzipCheckpoints(span_size)
         self._walker = walker
         self._beside = beside
         self._old: Mark = None  # what is to be done with output up to the turn before
@@ -140,7 +145,7 @@ class _Gzip:
     def feed(self, piece: bytes) -> None:
         points = self._checkpoints.points
         known = len(points)
-        self._checkpoints.feed(piece, self._take)
+        self._checkpoints.feed(piece, self._take, self._turn)
         view, at = memoryview(piece), 0
         for into, _, bits in points[known:]:
             cut = into - self._size

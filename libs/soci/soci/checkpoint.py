@@ -72,7 +72,7 @@ class GzipCheckpoints:
     Memory: one window a checkpoint, at most `MAX_ZTOC_BYTES` of them.
     """
 
-    def __init__(self, span_size: int, turn: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, span_size: int) -> None:
         if not 0 <= span_size < 1 << 63:
             raise InvalidInput(f"span size {span_size}: not a number of bytes")
         self.points: list[tuple[int, int, int]] = []
@@ -85,7 +85,6 @@ class GzipCheckpoints:
         self._stalls = 0
         # The window's 32 KiB, then room for output. Both are one piece, so that a window is always one slice.
         # Two of them take turns: what one holds can still be worked on while the other is being filled.
-        self._turn = turn
         self._memories = [bytearray(_SIZE), bytearray(_SIZE)]
         self._views = [memoryview(memory) for memory in self._memories]
         self._bases = [ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in self._memories]
@@ -101,7 +100,9 @@ class GzipCheckpoints:
             raise Unsupported(f"zlib cannot start ({code}): it does not fit this build of Python, or memory is out")
         weakref.finalize(self, self._z.inflateEnd, ctypes.byref(self._stream))
 
-    def feed(self, chunk: bytes, sink: Callable[[memoryview], object]) -> None:
+    def feed(
+        self, chunk: bytes, sink: Callable[[memoryview], object], turn: Callable[[], object] = lambda: None
+    ) -> None:
         """Inflate the next ``chunk`` (at most `MAX_FEED_BYTES`), handing what comes out to ``sink``.
 
         The memory that ``sink`` is given is used again after the next but one call of ``turn``. Raises `InvalidGzip`
@@ -115,7 +116,7 @@ class GzipCheckpoints:
         while stream.avail_in:
             if self._end == _SIZE:
                 self._pass_on(sink)
-                self._turn()
+                turn()
                 window = self._views[self._now][_SIZE - WINDOW_BYTES :]
                 self._now = 1 - self._now
                 self._views[self._now][:WINDOW_BYTES] = window
