@@ -289,7 +289,7 @@ async def test_limits_of_an_image_and_in_all(proxy: Proxy, image: str, layer: Di
         await asyncio.gather(
             *(blobs.bring(name, layer, SIZE, file) for name, file in zip((image, other), files[2:], strict=True))
         )
-        assert blobs._permits._images == {}
+        assert blobs._permits._images._held == {}
     assert proxy.counts.peak == 3
 
 

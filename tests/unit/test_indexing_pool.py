@@ -14,7 +14,8 @@ import pytest
 from soci.build import DEFAULT_BUILD_TOOL
 from soci.digest import sha256_digest
 from soci.errors import InvalidGzip, InvalidInput, InvalidTar, Mismatch, Unavailable
-from soci_indexing.pool import BuildPool, cores
+from soci_indexing.pool import BuildPool
+from soci_runtime.workers import cores
 from support.vectors import content, label, vectors
 
 GOLDEN = [vector for vector in vectors(loads=True) if vector["span_size"]]

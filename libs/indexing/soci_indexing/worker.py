@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The other process of `soci_indexing.pool`: builds one zTOC after the other from what comes through a socket.
 
-Frames either way: a letter, the length of what follows (8 bytes, big endian), and that. To the worker: ``B`` begins a
-layer (JSON), ``C`` is a piece of its blob, ``E`` is its end. From it: ``R``, the result (JSON, a line feed, the zTOC),
-or ``X``, an error of `soci.errors` (JSON), after which the rest of that layer is passed over.
+Its frames (`soci_runtime.workers`). To the worker: ``B`` begins a layer (JSON), ``C`` is a piece of its blob, ``E`` is
+its end. From it: ``R``, the result (JSON, a line feed, the zTOC), or ``X``, an error of `soci.errors` (JSON), after
+which the rest of that layer is passed over.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import socket
-import struct
-import sys
 from typing import Any, Final
 
 from soci.build import Built, ZtocBuilder
 from soci.errors import SociError
+from soci_runtime.workers import FRAME, receive, run_worker, send, told
 
-FRAME: Final = struct.Struct("!cQ")
 MAX_PIECE_BYTES: Final = 1 << 20
 """Bytes of one frame to the worker: what bounds its memory."""
 
@@ -40,16 +37,16 @@ class Worker:
     def run(self) -> None:
         """Work until the other end is closed."""
         head = bytearray(FRAME.size)
-        while self._receive(memoryview(head)):
+        while receive(self._link, memoryview(head)):
             kind, length = FRAME.unpack(head)
             content = memoryview(self._room)[:length]
-            if length > MAX_PIECE_BYTES or not self._receive(content):
+            if length > MAX_PIECE_BYTES or not receive(self._link, content):
                 return
             try:
                 self._take(kind, content)
             except SociError as error:
                 self._builder = None
-                self._send(b"X", json.dumps({"code": error.code, "message": str(error)}).encode())
+                send(self._link, b"X", told(error))
 
     def _take(self, kind: bytes, content: memoryview) -> None:
         if kind == b"B":
@@ -60,30 +57,9 @@ class Worker:
         elif self._builder is not None:
             built = self._builder.finish()
             self._builder = None
-            self._send(b"R", encode_result(built))
-
-    def _receive(self, into: memoryview) -> bool:
-        """Fill ``into``; False where the other end is gone."""
-        got = 0
-        while got < len(into):
-            count = self._link.recv_into(into[got:])
-            if not count:
-                return False
-            got += count
-        return True
-
-    def _send(self, kind: bytes, content: bytes) -> None:
-        self._link.sendall(FRAME.pack(kind, len(content)))
-        self._link.sendall(content)
+            send(self._link, b"R", encode_result(built))
 
 
 def main() -> None:
-    """The process: the first argument is the socket's file descriptor."""
-    # Ctrl-C, and a service manager's stop, reach us too; our parent ends the job first, then closes the socket.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    with socket.socket(fileno=int(sys.argv[1])) as link:
-        try:
-            Worker(link).run()
-        except (BrokenPipeError, ConnectionResetError):
-            return  # nobody waits for the result any more
+    """The process: see `soci_runtime.workers.run_worker`."""
+    run_worker(lambda link: Worker(link).run())

@@ -9,10 +9,12 @@ ends with the process, and every one has a limit.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, ParamSpec, Self, TypeVar
 
-from soci.errors import DeadlineExceeded, Unavailable
+from soci.errors import DeadlineExceeded, SociError, Unavailable
 
 FLIGHT_LIMIT = 300.0
 """Seconds of one piece of work, whoever waits for it: the longest that an ask may take. What is known to be
@@ -94,4 +96,19 @@ async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
     except asyncio.CancelledError:
         await asyncio.wait([work])
         work.exception()  # seen: nobody wants to know any more
+        raise
+
+
+async def in_stoppable_thread(work: Callable[[Callable[[], bool]], T]) -> T:
+    """Run ``work`` in a thread. It is given a function that is true once the wait was cancelled: it is to end soon
+    then, and has ended before the cancelling goes on, so that nothing writes behind us.
+    """
+    stop = threading.Event()
+    working = asyncio.ensure_future(asyncio.to_thread(work, stop.is_set))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        stop.set()
+        with suppress(SociError):
+            await working
         raise

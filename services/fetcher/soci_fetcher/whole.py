@@ -25,6 +25,7 @@ from soci.errors import FailedPrecondition, Mismatch, NotFound, SociError, Unava
 from soci_cache.arriving import COMPLETE, FAILED, ArrivingWriter
 from soci_registry import Registry, Repository
 from soci_runtime.flights import in_thread
+from soci_runtime.turns import Turns
 
 CHUNK_BYTES: Final = 8 << 20
 """Of a large blob's request where no other size is set: a reader waits for all chunks that are under way."""
@@ -43,32 +44,19 @@ FOLLOW_SECONDS: Final = 0.1
 HASH_BYTES: Final = 1 << 20
 
 
-@dataclass(slots=True)
-class _Image:
-    permits: asyncio.Semaphore
-    users: int = 0
-
-
 class Permits:
     """How many requests for whole blobs go on at once, of an image and in all; negative numbers are no limit."""
 
     def __init__(self, downloads: int = -1, per_image: int = 3) -> None:
         self._all = asyncio.Semaphore(downloads if downloads > 0 else DOWNLOADS)
         self.per_image = per_image if per_image > 0 else DOWNLOADS
-        self._images: dict[str, _Image] = {}
+        self._images = Turns(self.per_image)
 
     @asynccontextmanager
     async def of(self, image: str) -> AsyncIterator[None]:
         """Hold one for ``image``, its own first: an image that waits for itself holds nothing of the others."""
-        one = self._images.setdefault(image, _Image(asyncio.Semaphore(self.per_image)))
-        one.users += 1
-        try:
-            async with one.permits, self._all:
-                yield
-        finally:
-            one.users -= 1
-            if not one.users:
-                self._images.pop(image, None)
+        async with self._images.hold(image), self._all:
+            yield
 
 
 class WholeBlobs:

@@ -7,8 +7,7 @@ Mounts of the same layer through the same zTOC share its tree, its files and its
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -25,6 +24,7 @@ from soci_mounter.headers import Headers
 from soci_mounter.inherited import inherit
 from soci_mounter.reader import LayerContent, Seams
 from soci_mounter.records import Record, Records, check_ask, manner_of
+from soci_runtime.turns import Turns
 
 Result = TypeVar("Result")
 AskSpans = Callable[[FetchSpans, float, TraceParent | None], Awaitable[object]]
@@ -58,26 +58,6 @@ class _Layer:
     images: list[str]  # one a mount: from where its bytes may be fetched
 
 
-class Locks:
-    """A lock a key, there only while somebody wants it."""
-
-    def __init__(self) -> None:
-        self._locks: dict[Hashable, tuple[asyncio.Lock, list[None]]] = {}
-
-    @asynccontextmanager
-    async def hold(self, key: Hashable) -> AsyncIterator[None]:
-        """Hold the lock of ``key``."""
-        lock, users = self._locks.setdefault(key, (asyncio.Lock(), []))
-        users.append(None)
-        try:
-            async with lock:
-                yield
-        finally:
-            users.pop()
-            if not users:
-                del self._locks[key]
-
-
 class Mounts:
     """All mounts of this node. Used from one event loop."""
 
@@ -89,7 +69,7 @@ class Mounts:
         self._news = news
         self._records: dict[str, Record] = {}
         self._layers: dict[tuple[str, str], _Layer] = {}
-        self._locks = Locks()
+        self._locks = Turns()
         self._work: set[asyncio.Task[Any]] = set()
         self._sequence = 0
 

@@ -27,6 +27,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS needs (layer TEXT PRIMARY KEY, share REAL NOT NULL, runs INTEGER NOT NULL, at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS links (
   registry TEXT PRIMARY KEY, bytes_per_second REAL NOT NULL, round_trip REAL NOT NULL, at REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS needs_at ON needs (at);
 """
 
 
@@ -61,7 +62,7 @@ class History:
             "INSERT INTO needs VALUES (?, ?, ?, ?) ON CONFLICT (layer) DO UPDATE SET"
             " share = MAX(share, excluded.share), runs = MAX(runs, excluded.runs), at = excluded.at",
             (layer, need.share, need.runs, self._clock()),
-            "DELETE FROM needs WHERE layer NOT IN (SELECT layer FROM needs ORDER BY at DESC LIMIT ?)",
+            "DELETE FROM needs WHERE layer IN (SELECT layer FROM needs ORDER BY at DESC LIMIT -1 OFFSET ?)",
             LAYERS_KEPT,
         )
 
@@ -78,7 +79,7 @@ class History:
         self._write(
             "INSERT OR REPLACE INTO links VALUES (?, ?, ?, ?)",
             (registry, link.bytes_per_second, link.round_trip, self._clock()),
-            "DELETE FROM links WHERE registry NOT IN (SELECT registry FROM links ORDER BY at DESC LIMIT ?)",
+            "DELETE FROM links WHERE registry IN (SELECT registry FROM links ORDER BY at DESC LIMIT -1 OFFSET ?)",
             LINKS_KEPT,
         )
 

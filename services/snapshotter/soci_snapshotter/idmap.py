@@ -15,9 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +24,8 @@ from soci.errors import DeadlineExceeded, FailedPrecondition, InvalidInput, Soci
 from soci.idmap import NO_ID, IdMap, parse_id_map
 from soci_bus.asks import CheckMounts, MountLayer
 from soci_bus.face import Bus
+from soci_runtime.flights import in_stoppable_thread
+from soci_runtime.turns import Turns
 from soci_snapshotter import userxattr
 from soci_snapshotter.directories import DIGITS, error_of, mark_shown
 from soci_snapshotter.idmap_local import copied, have_local
@@ -139,7 +139,7 @@ class MappedLayers:
     def __init__(self, bus: Bus, places: Places) -> None:
         self._bus = bus
         self._places = places
-        self._busy: dict[int, tuple[asyncio.Lock, list[None]]] = {}
+        self._alone = Turns()
 
     async def have(self, snapshot: Snapshot, parents: Sequence[Snapshot]) -> bool:
         """Have every layer of ``parents`` (nearest first, all here) as the container of ``snapshot`` is to see it.
@@ -150,7 +150,7 @@ class MappedLayers:
         owners = owners_of(snapshot.labels, parents[0] if parents else None)
         if owners is None:
             return False
-        async with self._alone(snapshot.id):
+        async with self._alone.hold(snapshot.id):
             try:
                 async with asyncio.timeout(SHOW_TIMEOUT):
                     await self._lazy(snapshot, parents, owners)
@@ -194,28 +194,7 @@ class MappedLayers:
     async def _local(self, snapshot: Snapshot, layer: Snapshot, owners: Owners) -> None:
         source = self._places.snapshots / str(layer.id)
         place = self._places.snapshots / name_of(layer, snapshot)
-        stop = threading.Event()
-        work = asyncio.ensure_future(asyncio.to_thread(have_local, source, place, owners, stop.is_set))
-        try:
-            await asyncio.shield(work)
-        except asyncio.CancelledError:  # have it end first, so that nothing writes behind us
-            stop.set()
-            with suppress(SociError):
-                await work
-            raise
-
-    @asynccontextmanager
-    async def _alone(self, number: int) -> AsyncIterator[None]:
-        """One call at a time for each container's snapshot."""
-        lock, users = self._busy.setdefault(number, (asyncio.Lock(), []))
-        users.append(None)
-        try:
-            async with lock:
-                yield
-        finally:
-            users.pop()
-            if not users:
-                del self._busy[number]
+        await in_stoppable_thread(lambda stopped: have_local(source, place, owners, stopped))
 
 
 def name_of(layer: Snapshot, container: Snapshot) -> str:

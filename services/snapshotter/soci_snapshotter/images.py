@@ -148,11 +148,15 @@ class Images:
             await self._look_ahead(known, image, labels, trace)
         return image, facts
 
-    def saw_need(self, layer: Digest, ztoc: Digest) -> None:
-        """Note what a launch has needed of a lazy layer by now. Blocks on the disk."""
-        here = self._cache.here(layer, ztoc)
-        if here and here.present:
-            self._history.saw_need(layer, Need(here.share, here.runs))
+    def saw_need(self, layers: Sequence[tuple[Digest, Digest]]) -> None:
+        """Note what launches have needed of lazy layers (layer, zTOC) by now. Returns at once: nobody waits for it."""
+        self._flights.start("a note of what was needed", asyncio.to_thread(self._note_need, layers))
+
+    def _note_need(self, layers: Sequence[tuple[Digest, Digest]]) -> None:
+        for layer, ztoc in layers:
+            here = self._cache.here(layer, ztoc)
+            if here and here.present:
+                self._history.saw_need(layer, Need(here.share, here.runs))
 
     async def _look_ahead(self, known: _Known, image: Image, labels: RemoteLabels, trace: TraceParent) -> None:
         """Begin with this layer and those above it, each once: they are called for next."""

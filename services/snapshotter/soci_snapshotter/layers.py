@@ -60,11 +60,12 @@ class Layers:
         return await self._images.facts(labels, trace, ends)
 
     def saw_need(self, lazy: Sequence[Snapshot]) -> None:
-        """Remember what launches needed of these layers so far. Blocks on the disk."""
+        """Remember what launches needed of these layers so far; returns at once."""
+        seen: list[tuple[Digest, Digest]] = []
         for snapshot in lazy:
             with suppress(InvalidInput):
-                labels = read_remote_labels(snapshot.labels)
-                self._images.saw_need(labels.layer, parse_digest(snapshot.labels.get(ZTOC, "")))
+                seen.append((read_remote_labels(snapshot.labels).layer, parse_digest(snapshot.labels.get(ZTOC, ""))))
+        self._images.saw_need(seen)
 
     async def bring(  # noqa: PLR0913  what is known of the call
         self,

@@ -139,7 +139,7 @@ class Snapshots:
         """Forget a snapshot; `cleanup` frees what it held."""
         gone = await self._db(self._store.remove, key)
         if is_lazy(gone):
-            await asyncio.to_thread(self._layers.saw_need, [gone])
+            self._layers.saw_need([gone])
 
     async def stat(self, key: str) -> Snapshot:
         """One snapshot."""
@@ -329,7 +329,7 @@ class Snapshots:
             except SociError as error:
                 log.warning("the mounter does not know of the launch", launch=trace.launch, error=error)
             self._bus.publish(ContainerPrepared(trace.launch, made.name, len(parents), len(lazy)))
-            await asyncio.to_thread(self._layers.saw_need, lazy)  # what the launches before this one needed
+            self._layers.saw_need(lazy)  # what the launches before this one needed
 
     def _launch(self, wanted: RemoteLabels, labels: Mapping[str, str], *, by: str) -> tuple[TraceParent, bool]:
         """The launch of this call, and whether it begins here."""

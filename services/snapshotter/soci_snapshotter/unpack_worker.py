@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The other process of `soci_snapshotter.unpacker`: unpacks one layer after the other, each while its blob comes.
 
-Frames either way: a letter, the length of what follows (8 bytes, big endian), and that, JSON. To the worker: ``U``,
-what to unpack. From it: ``R``, the result, or ``X``, an error of `soci.errors`. When the socket is closed the worker
-gives up what it is at and ends.
+Its frames (`soci_runtime.workers`), all JSON. To the worker: ``U``, what to unpack. From it: ``R``, the result, or
+``X``, an error of `soci.errors`. When the socket is closed the worker gives up what it is at and ends.
 """
 
 from __future__ import annotations
@@ -11,10 +10,7 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import socket
-import struct
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,12 +20,12 @@ from typing import Any, Final
 from soci.digest import Digest
 from soci.errors import SociError
 from soci_cache.arriving import ArrivingReader
+from soci_runtime.workers import FRAME, receive, run_worker, send, told
 from soci_snapshotter.directories import error_of
 from soci_snapshotter.settle import Implied
 from soci_snapshotter.unpack import unpack_stream
 from soci_snapshotter.usage import disk_usage
 
-FRAME: Final = struct.Struct("!cQ")
 WISH_BYTES: Final = 1 << 16
 """Bytes of what a worker is told."""
 
@@ -87,39 +83,22 @@ def decode_result(content: bytes) -> Result:
 def _run(link: socket.socket) -> None:
     closed = select.poll()
     closed.register(link, select.POLLIN | select.POLLRDHUP)
-    while head := _receive(link, FRAME.size):
+    head = bytearray(FRAME.size)
+    while receive(link, memoryview(head)):
         _, length = FRAME.unpack(head)
-        content = _receive(link, length) if length <= WISH_BYTES else b""
-        if not content:
+        content = bytearray(min(length, WISH_BYTES))
+        if length > WISH_BYTES or not receive(link, memoryview(content)):
             return
         wish: dict[str, Any] = json.loads(content)
         try:
             # nothing is sent to a worker that is at work: what can be read now is the end
             kind, answer = b"R", encode_result(unpack_arriving(Wish(**wish), lambda: bool(closed.poll(0))))
         except SociError as error:
-            kind, answer = b"X", json.dumps({"code": error.code, "message": str(error)}).encode()
-        link.sendall(FRAME.pack(kind, len(answer)) + answer)
-
-
-def _receive(link: socket.socket, length: int) -> bytes:
-    """So many bytes; none where the other end is gone."""
-    content = b""
-    while len(content) < length:
-        piece = link.recv(length - len(content))
-        if not piece:
-            return b""
-        content += piece
-    return content
+            kind, answer = b"X", told(error)
+        send(link, kind, answer)
 
 
 def main() -> None:
-    """The process: the first argument is the socket's file descriptor."""
-    # Ctrl-C, and a service manager's stop, reach us too; our parent ends the job first, then closes the socket.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """The process: see `soci_runtime.workers.run_worker`."""
     os.umask(0)  # files get their mode as they are made; what they are made in is for root alone
-    with socket.socket(fileno=int(sys.argv[1])) as link:
-        try:
-            _run(link)
-        except (BrokenPipeError, ConnectionResetError):
-            return  # nobody waits for the result any more
+    run_worker(_run)

@@ -16,9 +16,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -31,6 +30,7 @@ from soci_bus.asks import FetchLayer
 from soci_bus.face import Bus
 from soci_cache.arriving import FAILED, progress
 from soci_runtime.flights import in_thread
+from soci_runtime.turns import Turns
 from soci_snapshotter.fetching import fetch_blob
 from soci_snapshotter.placing import Syncs, blob_in, discard, empty, forget_blob, hand_over, layer_in, make
 from soci_snapshotter.unpack_worker import Result, Wish
@@ -98,12 +98,6 @@ class _Job:
     claims: int = 0  # calls that wait for it
 
 
-@dataclass(slots=True)
-class _Room:
-    permits: asyncio.Semaphore
-    users: int = 0
-
-
 class WholeLayers:
     """An async context manager, one a process.
 
@@ -124,14 +118,13 @@ class WholeLayers:
         self._bus = bus
         self._scratch = scratch
         self._unpackers = Unpackers(max_unpacks)
-        self._per_image = max_unpacks_per_image if max_unpacks_per_image > 0 else self._unpackers.workers
         self._unclaimed = unclaimed
         self._keep = keep
         self._group = asyncio.TaskGroup()
         self._disk = ThreadPoolExecutor(1, "unpack")  # one: directories are made in the order of the layers
         self._plans: OrderedDict[Digest, _Plan] = OrderedDict()
         self._jobs: dict[tuple[Digest, Digest], _Job] = {}
-        self._rooms: dict[str, _Room] = {}
+        self._rooms = Turns(max_unpacks_per_image if max_unpacks_per_image > 0 else self._unpackers.workers)
         self._numbers = count(1)
         self._syncs = Syncs(scratch)
         self._tidying: asyncio.Task[None] | None = None
@@ -289,25 +282,13 @@ class WholeLayers:
     async def _unpack(self, job: _Job, fetching: asyncio.Task[None]) -> Result:
         wanted = job.wanted
         wish = Wish(str(blob_in(job.place)), str(layer_in(job.place)), wanted.media_type, wanted.diff_id)
-        async with self._room(job.plan.image):
+        async with self._rooms.hold(job.plan.image):
             try:
                 return await self._unpackers.unpack(wish)
             except SociError:
                 if progress(blob_in(job.place))[1] == FAILED:  # its fetcher says why, and ends this with it
                     await asyncio.wait([fetching], timeout=TOLD_SECONDS)
                 raise
-
-    @asynccontextmanager
-    async def _room(self, image: str) -> AsyncIterator[None]:
-        room = self._rooms.setdefault(image, _Room(asyncio.Semaphore(self._per_image)))
-        room.users += 1
-        try:
-            async with room.permits:
-                yield
-        finally:
-            room.users -= 1
-            if not room.users:
-                self._rooms.pop(image, None)
 
     async def _fetch(self, job: _Job) -> None:
         ask = FetchLayer(job.plan.image, job.wanted.layer, job.wanted.size, str(blob_in(job.place)))
