@@ -96,14 +96,17 @@ def test_an_index_moves_to_a_converted_image(db: ArtifactsDb) -> None:
 
 
 def test_processes_at_once_lose_nothing(db: ArtifactsDb) -> None:
-    """Several processes that make the database and write to it at the same moment: every entry is there."""
+    """Several processes of several threads make the database and write to it at one moment: every entry is there."""
     code = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from soci_indexing.artifacts import Artifact, ArtifactsDb
-for number in range(25):
+def put(number):
     name = f"sha256:{int(sys.argv[2]) * 100 + number:064x}"
     ArtifactsDb(Path(sys.argv[1])).put(Artifact(name, "soci_layer", name))
+with ThreadPoolExecutor(3) as threads:
+    list(threads.map(put, range(25)))
 """
     running = [subprocess.Popen([sys.executable, "-c", code, str(db.path), str(number)]) for number in range(4)]
     assert [process.wait(50) for process in running] == [0, 0, 0, 0]

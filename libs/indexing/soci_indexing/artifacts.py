@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -158,7 +159,8 @@ class ArtifactsDb:
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection of this call's own: neither threads nor processes share one. The border to SQLite."""
         try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            if not self.path.exists():
+                _make(self.path)
             with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
                 self._prepare(connection)
                 yield connection
@@ -180,6 +182,21 @@ class ArtifactsDb:
         if version > SCHEMA_VERSION:
             raise FailedPrecondition(f"artifacts database {self.path} was made by a newer version of soci")
         connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+
+
+def _make(path: Path) -> None:
+    """An empty database file, mode 0600, unless another makes it first.
+
+    It comes under its name already closed: closing any descriptor of a file ends every lock that this process holds on
+    it (fcntl(2)), those of SQLite in other threads too.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        os.close(descriptor)
+        with suppress(FileExistsError):
+            os.link(name, path)
+    finally:
+        os.unlink(name)
 
 
 def _value(row: tuple[Any, ...]) -> Artifact:
