@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import os
 import signal
 import stat
@@ -25,7 +24,7 @@ from soci.errors import AlreadyExists, InvalidInput, NotFound
 from soci.ztoc import encode_ztoc
 from soci_cache import LayerStore
 from soci_mounter import kernel
-from support.mounter_layers import CAPABILITY, Made, everything, item, make, noise
+from support.mounter_layers import CAPABILITY, Made, everything, item, make, noise, unpack
 from support.mounter_process import Server
 
 pytestmark = [
@@ -115,26 +114,6 @@ def described(root: Path) -> dict[str, tuple[Any, ...]]:
 
 def attributes_of(path: Path) -> list[str]:
     return sorted(name for name in os.listxattr(path, follow_symlinks=False) if name != "security.selinux")
-
-
-def unpack(tar: bytes, to: Path) -> Path:
-    """The tree that unpacking makes, with attributes and exact times."""
-    to.mkdir()
-    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
-        members = archive.getmembers()
-        for member in members:
-            archive.extract(member, to, filter="fully_trusted")
-        for member in members:
-            path = to / member.name
-            for key, value in member.pax_headers.items():
-                if key.startswith("SCHILY.xattr."):
-                    raw = value.encode("utf-8", "surrogateescape")
-                    os.setxattr(path, key.removeprefix("SCHILY.xattr."), raw, follow_symlinks=False)
-        for member in reversed(members):
-            seconds, _, fraction = member.pax_headers.get("mtime", str(int(member.mtime))).partition(".")
-            ns = int(seconds) * 10**9 + int((fraction or "0").ljust(9, "0"))
-            os.utime(to / member.name, ns=(ns, ns), follow_symlinks=False)
-    return to
 
 
 def fails_with(number: int, action: Callable[[], object]) -> None:

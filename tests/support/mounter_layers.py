@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import random
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -118,3 +119,23 @@ def make_zstd(items: Sequence[Item], span_size: int = SPAN_SIZE, *, frame_bytes:
     builder.feed(blob)
     built = builder.finish()
     return Made(blob, tar, built.ztoc_bytes, built.ztoc, sha256_digest(blob), sha256_digest(built.ztoc_bytes))
+
+
+def unpack(tar: bytes, to: Path) -> Path:
+    """The tree that unpacking makes, with attributes and exact times."""
+    to.mkdir()
+    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+        members = archive.getmembers()
+        for member in members:
+            archive.extract(member, to, filter="fully_trusted")
+        for member in members:
+            path = to / member.name
+            for key, value in member.pax_headers.items():
+                if key.startswith("SCHILY.xattr."):
+                    raw = value.encode("utf-8", "surrogateescape")
+                    os.setxattr(path, key.removeprefix("SCHILY.xattr."), raw, follow_symlinks=False)
+        for member in reversed(members):
+            seconds, _, fraction = member.pax_headers.get("mtime", str(int(member.mtime))).partition(".")
+            ns = int(seconds) * 10**9 + int((fraction or "0").ljust(9, "0"))
+            os.utime(to / member.name, ns=(ns, ns), follow_symlinks=False)
+    return to

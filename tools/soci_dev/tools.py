@@ -26,6 +26,8 @@ PACKAGES: Final = {
     "runc": "runc",
     "docker-registry": "docker-registry",
     "busybox": "busybox-static",
+    "fsck.erofs": "erofs-utils",
+    "dump.erofs": "erofs-utils",
 }
 """Program to Debian package."""
 

@@ -57,6 +57,11 @@ class LayerTree:
     def __len__(self) -> int:
         return len(self._parents)
 
+    @property
+    def columns(self) -> Columns:
+        """The attributes of all nodes at once, for those who write them all."""
+        return self._columns
+
     def lookup(self, parent: int, name: bytes) -> int | None:
         """The child of directory ``parent`` called ``name``, or None. No name begins with ``.wh.``."""
         start = self._edge_start[parent]
