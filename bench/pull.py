@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole pull of the demo's image: ours, all layers at once, against containerd's own onto overlayfs.
 
+Ours is ``soci pull`` from its first line to its last, through containerd, its calls and our services; or, with
+``--direct``, the bringing of the layers alone, without containerd, in this process.
+
 Pairs of runs, one right after the other, in turns, from the same registry through the same proxy, the page cache
 dropped before each. Each pair has a fresh file system (ext4 with a journal, on a loop device) with all daemons and all
 that is pulled on it: where many files were deleted a moment ago, some file systems make new ones much more slowly.
@@ -34,6 +37,12 @@ from soci_snapshotter.whole import WantedLayer, WholeLayers
 
 OVERLAYFS = "overlayfs"
 DISK_BYTES = 8 << 30
+SETTINGS = """
+[pull_modes.parallel_pull_unpack]
+enable = true
+max_concurrent_unpacks = {unpacks}
+max_concurrent_unpacks_per_image = {per_image}
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +91,15 @@ def theirs(stack: Stack, reference: str) -> Pull:
     return timed(begun)
 
 
-async def ours(stack: Stack, reference: str, manifest: Digest, unpacks: int, per_image: int) -> Pull:
+def ours(stack: Stack, reference: str) -> Pull:
+    """A pull by ``soci``, through containerd and the snapshotter."""
+    drop_page_cache()
+    begun = time.monotonic()
+    stack.soci("pull", "--plain-http", reference)
+    return timed(begun)
+
+
+async def direct(stack: Stack, reference: str, manifest: Digest, unpacks: int, per_image: int) -> Pull:
     """All layers begun at once, then claimed one after the other, as containerd asks for them."""
     snapshots = stack.folder / "whole" / "snapshots"
     snapshots.mkdir(parents=True)
@@ -120,19 +137,29 @@ def row(name: str, pairs: Sequence[tuple[float, float]]) -> str:
 @click.option("--mbit", default=0.0, help="Megabits a second of the way to the registry; 0 is no limit.")
 @click.option("--unpacks", default=-1, show_default=True, help="Layers unpacked at a time; -1 is one a core.")
 @click.option("--unpacks-per-image", default=-1, show_default=True)
-def main(*, pairs: int, rtt_ms: float, mbit: float, unpacks: int, unpacks_per_image: int) -> None:
+@click.option("--direct", "directly", is_flag=True, help="Bring the layers alone, without containerd.")
+def main(*, pairs: int, rtt_ms: float, mbit: float, unpacks: int, unpacks_per_image: int, directly: bool) -> None:  # noqa: PLR0913  one parameter a flag
     """Pull the demo's image whole, in both ways."""
     built = demo_image(click.echo)
     found: list[tuple[Pull, Pull]] = []
+    settings = SETTINGS.format(unpacks=unpacks, per_image=unpacks_per_image)
+    services = ("fetcher",) if directly else ("fetcher", "snapshotter")
     for number in range(pairs):
-        with fresh_disk() as disk, Stack(disk / "s", services=("fetcher",)) as stack, Proxy(stack.registry) as proxy:
+        with (
+            fresh_disk() as disk,
+            Stack(disk / "s", services=services, settings=settings) as stack,
+            Proxy(stack.registry) as proxy,
+        ):
             reference = image.push(built, stack.registry, REPOSITORY)
             if rtt_ms or mbit:
                 proxy.rtt_s, proxy.bandwidth = rtt_ms / 1000, int(mbit * 125_000) or None
                 reference = reference.replace(stack.registry, proxy.address)
             if number % 2:
                 other = theirs(stack, reference)
-            mine = asyncio.run(ours(stack, reference, Digest(built.digest), unpacks, unpacks_per_image))
+            if directly:
+                mine = asyncio.run(direct(stack, reference, Digest(built.digest), unpacks, unpacks_per_image))
+            else:
+                mine = ours(stack, reference)
             if not number % 2:
                 other = theirs(stack, reference)
         found.append((mine, other))

@@ -38,6 +38,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 SMALL_IMAGES = "[sociable]\nno_regret = false\n"
 """Images of tests are small, and registries near: all of their layers would come whole."""
+if os.environ.get("SOCIABLE_MOUNT_MODE"):  # the whole suite by the other way to show layers
+    SMALL_IMAGES += f'mount_mode = "{os.environ["SOCIABLE_MOUNT_MODE"]}"\n'
+SMALL_IMAGES += "[background_fetch]\ndisable = true\n"  # many tests count what was fetched
 
 
 @pytest.fixture(scope="session")

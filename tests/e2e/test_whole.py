@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from soci.digest import Digest
+from soci_containerd import connect
 from soci_dev.proxy import Proxy
 from soci_dev.stack import Stack
 from support import lazy
@@ -31,10 +34,13 @@ def parallel(make_stack: Callable[..., Stack]) -> Stack:
     return make_stack(settings=PARALLEL)
 
 
+USUAL = '[sociable]\nwhole_fallback = "always"\n'
+
+
 @pytest.fixture(scope="module")
 def usual(make_stack: Callable[..., Stack]) -> Stack:
     """A stack as it is without settings, but for what an image without an index gets."""
-    return make_stack(settings='[sociable]\nwhole_fallback = "always"\n')
+    return make_stack(settings=USUAL)
 
 
 @pytest.fixture
@@ -84,3 +90,43 @@ def test_a_small_layer_comes_whole_and_a_large_one_lazily(usual: Stack, proxy: P
     assert lazy.modes(launched) == ["whole", "lazy"]
     assert "sooner here whole" in launched["layers"][0]["why"]
     assert proxy.counts.body_bytes < built.size / 2
+
+
+def with_settings(stack: Stack, settings: str) -> None:
+    """Start the snapshotter anew, with these."""
+    stack.stop("snapshotter")
+    (stack.folder / "services.toml").write_text(settings)
+    stack.start("snapshotter")
+
+
+async def stored(stack: Stack, digests: list[str]) -> list[bool]:
+    """Which of them containerd's content store has."""
+    async with connect(str(stack.containerd_address), stack.namespace) as client:
+        return [await client.content.exists(Digest(digest)) for digest in digests]
+
+
+async def test_blobs_are_kept_for_who_wants_to_push(usual: Stack, proxy: Proxy, tmp_path: Path) -> None:
+    """With containerd's content store every blob of a whole layer is in it for as long as the image, and was downloaded
+    once; where unpacked layers are to be discarded, none is."""
+    keep = f'[content_store]\ntype = "containerd"\ncontainerd_address = "{usual.containerd_address}"\n'
+    discard = "[pull_modes.parallel_pull_unpack]\ndiscard_unpacked_layers = true\n"
+    try:
+        for name, settings, kept in (("keep", USUAL + keep, True), ("discard", USUAL + keep + discard, False)):
+            with_settings(usual, settings)
+            built = lazy.seeded_image(tmp_path / name, seed=secrets.randbelow(1 << 30))
+            digests = [str(layer["digest"]) for layer in built.layers]
+            reference = lazy.push(built, proxy, name)
+            proxy.reset()
+            lazy.good(lazy.soci(usual, "pull", "--plain-http", reference))
+            assert proxy.counts.body_bytes < 1.1 * built.size
+            (launched,) = lazy.launches(usual, reference)
+            assert lazy.modes(launched) == ["whole"] * len(digests)
+            usual.ctr("images", "tag", reference, "none.example/x:1")
+            usual.ctr("images", "rm", "--sync", "none.example/x:1")  # collects garbage
+            assert await stored(usual, digests) == [kept] * len(digests)
+            exported = usual.ctr("images", "export", str(tmp_path / f"{name}.tar"), reference, check=False)
+            assert (exported.returncode == 0) is kept
+            usual.ctr("images", "rm", "--sync", reference)
+            assert await stored(usual, digests) == [False] * len(digests)
+    finally:
+        with_settings(usual, USUAL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,15 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from soci_dev.faults import Delay, Seen
 from soci_dev.proxy import Proxy
 from soci_dev.stack import Stack
+from soci_mounter import kernel
+from soci_mounter.native import OLDEST_KERNEL
 from support import lazy
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
 
 
 DIAL_SECONDS = 15.0
+EROFS = kernel.has_file_system("erofs") and tuple(map(int, os.uname().release.split(".")[:2])) >= OLDEST_KERNEL
+SEED = secrets.randbits(32)
+FILES = 14
 Pulled = tuple[str, str, dict[str, str]]
 
 
@@ -31,56 +36,30 @@ def faulty(make_stack: Callable[..., Stack]) -> Stack:
     return make_stack(fetchers=2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def proxy(faulty: Stack) -> Iterator[Proxy]:
     with Proxy(faulty.registry) as running:
         yield running
 
 
-@pytest.fixture
-def pulled(faulty: Stack, proxy: Proxy, tmp_path: Path) -> Pulled:
-    """A lazily pulled image: its reference, its topmost chain id, and the checksum of each file in ``/data``."""
-    wait_until_dialled(faulty)  # the test before may have killed the snapshotter
-    seed = int.from_bytes(hashlib.sha256(str(tmp_path).encode()).digest()[:4])
-    built = lazy.seeded_image(tmp_path, seed=seed)
-    reference = lazy.push(built, proxy, tmp_path.name.lower().replace("_", "-"))
+@pytest.fixture(scope="module")
+def pulled(faulty: Stack, proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Pulled:
+    """A lazily pulled image: its reference, its topmost chain id, and the checksum of each file in ``/data``.
+
+    It is made once, for it takes long: each test reads files that no other one does.
+    """
+    built = lazy.seeded_image(tmp_path_factory.mktemp("image"), seed=SEED, files=FILES)
+    reference = lazy.push(built, proxy, "processes")
     lazy.build_index(faulty, reference)
     lazy.good(lazy.soci(faulty, "pull", "--plain-http", reference))
-    checksums = {
-        str(number): hashlib.sha256(lazy.data_file(seed, number)).hexdigest() for number in range(lazy.DATA_FILES)
-    }
+    checksums = {str(number): hashlib.sha256(lazy.data_file(SEED, number)).hexdigest() for number in range(FILES)}
     return reference, lazy.top_chain(built), checksums
 
 
-def read_all(root: Path) -> dict[str, str]:
-    """The checksum of each file in ``/data``, read four at a time."""
-
-    def one(path: Path) -> tuple[str, str]:
-        return path.name, hashlib.sha256(path.read_bytes()).hexdigest()
-
-    with ThreadPoolExecutor(4) as readers:
-        return dict(readers.map(one, sorted((root / "data").iterdir())))
-
-
-def test_a_fetcher_killed_under_load_fails_no_read(faulty: Stack, proxy: Proxy, pulled: Pulled) -> None:
-    """With one of two fetchers killed while every span is on its way, all files read right."""
-    _, chain, checksums = pulled
-    killed = False
-
-    def hook(seen: Seen) -> Delay | None:
-        nonlocal killed
-        if seen.is_blob and seen.range and not killed:
-            killed = True
-            faulty.kill("fetcher-1")
-        return Delay(0.05) if seen.is_blob else None
-
-    proxy.hook = hook
-    try:
-        with lazy.rootfs(faulty, "sociable", chain) as root:
-            assert read_all(root) == checksums
-    finally:
-        faulty.start("fetcher-1")
-    assert killed
+@pytest.fixture(autouse=True)
+def dialled(faulty: Stack) -> None:
+    """The test before may have killed the snapshotter."""
+    wait_until_dialled(faulty)
 
 
 def test_cached_bytes_need_no_bus_and_missing_ones_wait_for_it(faulty: Stack, pulled: Pulled) -> None:
@@ -130,6 +109,24 @@ def test_after_a_kill_new_containers_run_and_nothing_is_fetched_again(
     proxy.reset()
     assert lazy.good(lazy.soci(faulty, *words)).startswith("hello\n")
     assert proxy.counts.get == 0
+
+
+@pytest.mark.skipif(not EROFS, reason="needs a kernel that mounts EROFS from files")
+def test_a_running_container_does_not_notice_a_killed_mounter(faulty: Stack, pulled: Pulled) -> None:
+    """A container that was started before goes on reading, cold and cached, while the mounter is killed again and
+    again: each read waits for the successor, and none fails."""
+    reference, _, checksums = pulled
+    script = "for i in 8 9 10 11 12 13; do /bin/busybox sha256sum /data/$i; /bin/busybox ls /data > /dev/null; done"
+    command = faulty.soci_command("run", "--plain-http", "--pull", "never", reference, "/bin/sh", "-c", script)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        lines = [running.stdout.readline()]
+        for _ in range(5):
+            faulty.kill("mounter")
+            faulty.start("mounter")
+            lines.append(running.stdout.readline())
+        assert running.wait(timeout=60) == 0
+    assert [line.split()[0] for line in lines] == [checksums[str(number)] for number in range(8, 14)]
 
 
 def test_a_running_container_outlives_the_snapshotter(faulty: Stack, pulled: Pulled) -> None:

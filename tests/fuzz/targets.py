@@ -6,7 +6,8 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,11 @@ from soci.zinfo import encode_tar_zinfo, parse_tar_zinfo, parse_zinfo
 from soci.zstd import encode_zstd_points, parse_zstd_points
 from soci.ztoc import encode_ztoc, parse_ztoc
 from soci_indexing.prefetch import encode_prefetch, parse_prefetch
+from soci_registry.failure import TryError, final_error
+from soci_registry.http1 import Chunks, framing_of, parse_head, request_head
+from soci_registry.ranges import Heads, skip_for
+from soci_registry.targets import lifetime
+from soci_registry.urls import redirect_target
 
 HERE = Path(__file__).parent
 VECTORS = HERE.parent / "vectors"
@@ -199,6 +205,47 @@ def raw_deflate() -> list[bytes]:
     return [*vectors("*.tar.gz", 2000), *made, fixed.compress(tars[0]) + fixed.flush()]
 
 
+HTTP_HEADS = [
+    b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-99/1000\r\nContent-Length: 100\r\nVia: a\r\nVia: b",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\nContent-Type: text/plain",
+    b"HTTP/1.0 307 Go\r\nLocation: https://store/x?X-Amz-Expires=60&se=2030-01-01T00:00:00Z\r\nContent-Length: 0",
+]
+HTTP_CHUNKS = [b"5\r\nabcde\r\n1f;x=y\r\n" + b"z" * 31 + b"\r\n0\r\nA: b\r\n\r\n", b"0\r\n\r\n", b"1\r\na\r\n" * 9]
+
+
+@contextmanager
+def one_try() -> Iterator[None]:
+    """A failed try as callers see it."""
+    try:
+        yield
+    except TryError as error:
+        raise final_error(error, "fuzz", 1) from error
+
+
+def http_head(data: bytes) -> None:
+    """An answer's head, all that is decided by it, and what was made of it sent back."""
+    with one_try():
+        head = parse_head(data)
+        framing_of(head)
+        get = head.fields.get
+        heads = Heads(head.status, get("content-range"), get("content-length"), get("content-type"))
+        if location := head.fields.get("location"):
+            target = redirect_target("https://reg/x", location)
+            lifetime(target, 0.0)
+            request_head("GET", target, {"Range": "bytes=0-99"})
+        skip_for(heads, 0, 100, 1000)
+
+
+def http_chunks(data: bytes) -> None:
+    """A chunked body whole, and byte by byte: never more than came, and the same."""
+    with one_try():
+        whole = b"".join(map(bytes, Chunks().feed(memoryview(data))))
+    assert len(whole) <= len(data)
+    coding = Chunks()
+    pieces = (coding.feed(memoryview(data)[at : at + 1]) for at in range(len(data)))
+    assert b"".join(bytes(piece) for found in pieces for piece in found) == whole
+
+
 TARGETS: dict[str, Target] = {
     "ztoc": Target(lambda: vectors("*.ztoc"), ztoc, 30_000),
     "zinfo": Target(lambda: checkpoints("gzip"), zinfo, 100_000),
@@ -214,5 +261,7 @@ TARGETS: dict[str, Target] = {
     "config": Target(lambda: corpus("config"), parse_config, 100_000),
     "soci-index": Target(lambda: corpus("soci-index"), soci_index, 100_000),
     "reference": Target(lambda: corpus("reference"), reference, 100_000),
+    "http-head": Target(lambda: HTTP_HEADS, http_head, 40_000),
+    "http-chunks": Target(lambda: HTTP_CHUNKS, http_chunks, 40_000),
     "prefetch": Target(lambda: corpus("prefetch"), lambda data: encode_prefetch(parse_prefetch(data)), 100_000),
 }

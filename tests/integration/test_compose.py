@@ -28,7 +28,7 @@ def test_compose_reads_the_file_and_its_variables() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.strip().removeprefix("- ") for line in done.stdout.splitlines()]
-    assert lines.count("source: /somewhere/else") == lines.count("target: /somewhere/else") == 3
-    assert lines.count("SOCI_SNAPSHOTTER_ROOT: /somewhere/else") == 4
-    assert lines.count("NATS_URL: nats://127.0.0.1:14222") == 4
+    assert lines.count("source: /somewhere/else") == lines.count("target: /somewhere/else") == 4
+    assert lines.count("SOCI_SNAPSHOTTER_ROOT: /somewhere/else") == 5
+    assert lines.count("NATS_URL: nats://127.0.0.1:14222") == 5
     assert "/var/lib/soci-snapshotter-grpc" not in done.stdout

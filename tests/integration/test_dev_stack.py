@@ -15,7 +15,21 @@ import pytest
 
 from soci.errors import FailedPrecondition
 from soci_dev import image, leftovers
-from soci_dev.faults import Corrupt, Drop, Fault, IgnoreRange, Short, Stall, Status, always, first
+from soci_dev.faults import (
+    Corrupt,
+    Drop,
+    Endless,
+    Fault,
+    IgnoreRange,
+    Raw,
+    ShiftRange,
+    Short,
+    Slow,
+    Stall,
+    Status,
+    always,
+    first,
+)
 from soci_dev.processes import Daemon
 from soci_dev.proxy import Proxy
 from soci_dev.stack import Stack
@@ -157,7 +171,11 @@ def test_proxy_corrupts_one_byte(proxy: Proxy, blob_url: str) -> None:
     assert hashlib.sha256(get(blob_url).content).digest() == hashlib.sha256(sound).digest()
 
 
-@pytest.mark.parametrize("fault", [Drop(), Short(1000), Stall(0.05, keep=1000)], ids=["drop", "short", "stall"])
+@pytest.mark.parametrize(
+    "fault",
+    [Drop(), Short(1000), Stall(0.05, keep=1000), Raw(b"\x00\xff\r\n\r\n"), Raw(b"HTTP/1.1 200 OK\r\nCon", reset=True)],
+    ids=["drop", "short", "stall", "garbage", "reset"],
+)
 def test_proxy_breaks_connections(proxy: Proxy, blob_url: str, fault: Fault) -> None:
     """The client sees a broken connection, and the next request is sound."""
     proxy.hook = first(1, fault)
@@ -178,3 +196,27 @@ def test_proxy_ignores_ranges(proxy: Proxy, blob_url: str) -> None:
     proxy.hook = always(IgnoreRange())
     got = get(blob_url, Range="bytes=0-9")
     assert (got.status_code, len(got.content) > len(BODY)) == (200, True)
+
+
+def test_proxy_shifts_ranges(proxy: Proxy, blob_url: str) -> None:
+    """Another range than the one asked for comes, and says which it is."""
+    proxy.hook = always(ShiftRange(2))
+    got = get(blob_url, Range="bytes=512-1535")
+    assert (got.status_code, got.content) == (206, BODY[2:1026])
+    assert got.headers["content-range"].startswith("bytes 514-1537/")
+
+
+def test_proxy_sends_slowly_and_for_ever(proxy: Proxy, blob_url: str) -> None:
+    """A slow answer is sound; one without end goes on beyond the blob until the client has enough."""
+    proxy.hook = first(1, Slow(8 << 20))
+    assert BODY in get(blob_url).content
+    proxy.hook = always(Endless())
+    came = 0
+    with httpx.Client(trust_env=False, timeout=20) as client, client.stream("GET", blob_url) as got:
+        assert "content-length" not in got.headers
+        for piece in got.iter_raw():
+            came += len(piece)
+            if came > 3 * len(BODY):
+                break
+    proxy.hook = None
+    assert get(blob_url).status_code == 200

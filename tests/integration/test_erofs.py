@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from soci.erofs import Attributes, build_erofs
+from soci.erofs import Attributes, Showing, build_erofs
 from soci.errors import InvalidZtoc, LimitExceeded
 from soci.toc import TocEntry
 from soci.tree import ROOT, LayerTree
@@ -58,7 +58,7 @@ def test_the_kernel_shows_what_unpacking_would(tmp_path: Path) -> None:
     want = look(unpack(made.tar, tmp_path / "unpacked"))
     implied = {tree.path(node): node for node in tree.implied()}
     below = {node: Attributes(0o751, 3, 4, 1_234_567_890_123_456_789) for node in implied.values()}
-    with mounted(tmp_path, build_erofs(tree, len(made.tar), implied=below), made.tar) as top:
+    with mounted(tmp_path, build_erofs(tree, len(made.tar), Showing(implied=below)), made.tar) as top:
         got = look(top)
     assert differences({path: one for path, one in got.items() if path not in implied},
                        {path: one for path, one in want.items() if path not in implied}) == []  # fmt: skip

@@ -19,9 +19,9 @@ from soci.zinfo import RECORD_BYTES
 from soci.ztoc_encode import encode_ztoc
 from soci_bus.events import FetchFailed, SpanRejected, SpansArrived
 from soci_bus.face import Context
-from soci_dev.faults import Corrupt, Drop, Seen, Short, Status, always, first
+from soci_dev.faults import Corrupt, Delay, Drop, Seen, Short, Status, always, first
 from soci_dev.proxy import Proxy
-from soci_fetcher import runs, spans
+from soci_fetcher import opened, schedule
 from support.bus import LAUNCH, LIMIT, until
 from support.fetching import CONTEXT, PATIENCE, check, fetching, push_layer, spans_of, whole
 from support.images import noise
@@ -100,7 +100,7 @@ async def test_only_what_is_missing_is_asked_for(
     geometry = Spans.of(made.ztoc)
     made.put(tmp_path)
     made.fill(tmp_path, [2, 5])
-    monkeypatch.setattr(runs, "RUN_BYTES", geometry.compressed(8)[1] - geometry.compressed(6)[0])
+    monkeypatch.setattr(schedule, "RUN_BYTES", geometry.compressed(8)[1] - geometry.compressed(6)[0])
     async with fetching(tmp_path) as one:
         fetched = await one.spans.fetch(spans_of(reference, made, 0, 9), CONTEXT)
         assert sorted((event.first, event.last) for event in one.told(SpansArrived))[:2] == [(0, 1), (3, 4)]
@@ -200,12 +200,12 @@ async def test_who_wants_the_same_spans_shares_a_request(
         same = group.create_task(one.spans.fetch(spans_of(reference, made, 2, 6), CONTEXT))
         inside = group.create_task(one.spans.fetch(spans_of(reference, made, 4, 4), CONTEXT))
         across = group.create_task(one.spans.fetch(spans_of(reference, made, 5, 8), CONTEXT))
-        await until(lambda: len(one.spans._flights) == 7, "all asks heard")
+        await until(lambda: len(one.spans._wants) == 7, "all asks heard")
         gate.open.set()
     assert [task.result().requests for task in (wide, same, inside, across)] == [1, 0, 0, 1]
     assert proxy.counts.get == 2
     assert check(one.store, made) == [2, 3, 4, 5, 6, 7, 8]
-    assert one.spans._flights == {}
+    assert one.spans._wants == {}
 
 
 async def test_an_asker_that_gives_up_does_not_harm_the_others(
@@ -261,14 +261,16 @@ async def test_readers_go_past_read_ahead(
 ) -> None:
     """However much is read ahead, some requests are left for who waits."""
     made.put(tmp_path)
-    monkeypatch.setattr(runs, "RUN_BYTES", 1)
-    monkeypatch.setattr(spans, "RUN_BYTES", 1 << 24)
+    monkeypatch.setattr(schedule, "RUN_BYTES", 140_000)
     async with fetching(tmp_path) as one, asyncio.TaskGroup() as group:
         group.create_task(one.spans.fetch(spans_of(reference, made, 0, 11, "read-ahead"), CONTEXT))
-        await until(lambda: one.spans._ahead.locked() and gate.waiting, "as much read-ahead as may be")
-        assert not one.spans._permits.locked()
+        await until(
+            lambda: len(one.spans._flights) == schedule.RUNS_AT_ONCE and gate.waiting, "as much read-ahead as may be"
+        )
+        group.create_task(one.spans.fetch(spans_of(reference, made, 15, 15), CONTEXT))
+        await until(lambda: len(one.spans._flights) > schedule.RUNS_AT_ONCE, "the reader's request")
         gate.open.set()
-    assert check(one.store, made) == list(range(12))
+    assert check(one.store, made) == [*range(12), 15]
 
 
 async def test_two_fetchers_of_one_cache(tmp_path: Path, reference: str, made: Made, count: int) -> None:
@@ -317,19 +319,81 @@ async def test_a_layer_that_was_made_anew(tmp_path: Path, reference: str, made: 
         made.put(tmp_path)
         await one.spans.fetch(spans_of(reference, made, 1, 2), CONTEXT)
         assert check(one.store, made) == [1, 2]
-        assert one.spans._old == []
+        assert one.spans.layers.old == []
+
+
+async def test_a_layer_made_anew_while_spans_are_on_their_way(
+    tmp_path: Path, gate: Gate, reference: str, made: Made
+) -> None:
+    """Who waits for spans of the old files is told so; the next ask fills the new ones."""
+    made.put(tmp_path)
+    async with fetching(tmp_path) as one:
+        waiting = asyncio.ensure_future(one.spans.fetch(spans_of(reference, made, 0, 3), CONTEXT))
+        await until(lambda: gate.waiting, "the request under way")
+        shutil.rmtree(one.store.directory(made.layer, made.ztoc_digest))
+        made.put(tmp_path)
+        again = asyncio.ensure_future(one.spans.fetch(spans_of(reference, made, 2, 5), CONTEXT))
+        with pytest.raises(Unavailable, match="made anew"):
+            await waiting
+        gate.open.set()
+        await again
+        assert check(one.store, made) == [2, 3, 4, 5]
+        await until(lambda: not one.spans._flights and not one.spans.layers.old, "the old files closed")
+        assert one.spans._wants == {}
+
+
+async def test_spans_ahead_are_brought_and_not_waited_for(
+    tmp_path: Path, proxy: Proxy, reference: str, made: Made, count: int
+) -> None:
+    """An ask is answered once its own spans are here; those behind them follow, in the same request where they may."""
+    made.put(tmp_path)
+    async with fetching(tmp_path) as one:
+        ask = replace(spans_of(reference, made, 3, 3), ahead=2)
+        assert (await one.spans.fetch(ask, CONTEXT)).requests == 1
+        await until(lambda: check(one.store, made) == [3, 4, 5], "the spans ahead")
+        assert proxy.counts.get == 1
+        beyond = replace(spans_of(reference, made, count - 1, count - 1), ahead=1000)
+        await one.spans.fetch(beyond, CONTEXT)
+        for ahead in (-1, 5000):
+            with pytest.raises(InvalidInput):
+                await one.spans.fetch(replace(ask, ahead=ahead), CONTEXT)
+
+
+async def test_a_miss_does_not_wait_for_read_ahead_that_has_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy: Proxy, reference: str, made: Made
+) -> None:
+    """It leaves the queue at once, as a request of its own; the rest of the read-ahead follows, nothing twice."""
+    made.put(tmp_path)
+    monkeypatch.setattr(schedule, "REQUESTS", (4, 1, 1, 1))
+    monkeypatch.setattr(schedule, "RUN_BYTES", 300_000)
+    monkeypatch.setattr(schedule, "JOINS", 0)
+    asked: list[str] = []
+
+    def hook(seen: Seen) -> Delay | None:
+        if seen.is_blob:
+            asked.append(seen.range)
+        return Delay(0.3)
+
+    proxy.hook = hook
+    async with fetching(tmp_path) as one, asyncio.TaskGroup() as group:
+        group.create_task(one.spans.fetch(spans_of(reference, made, 0, 12, "read-ahead"), CONTEXT))
+        await until(lambda: asked, "the first read-ahead")
+        await one.spans.fetch(spans_of(reference, made, 9, 9), CONTEXT)
+    assert asked[1].startswith(f"bytes={Spans.of(made.ztoc).compressed(9)[0]}-")
+    arrived = [span for event in one.told(SpansArrived) for span in range(event.first, event.last + 1)]
+    assert sorted(arrived) == list(range(13))
 
 
 async def test_open_layers_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: str, proxy: Proxy
 ) -> None:
     """The one unused for longest is closed; it serves again when it is asked for."""
-    monkeypatch.setattr(spans, "OPEN_LAYERS", 2)
+    monkeypatch.setattr(opened, "OPEN_LAYERS", 2)
     layers = [make(everything()[:3], span_size=size << 14) for size in (1, 2, 4, 8)]
     async with fetching(tmp_path) as one:
         for made in [*layers, layers[0]]:
             made.put(tmp_path)
             name = await push_layer(registry, made)
             await one.spans.fetch(spans_of(f"{proxy.address}/{name}:1", made, 0, 0), CONTEXT)
-            assert len(one.spans._open) <= 2
-        assert [Digest(key[1]) for key in one.spans._open] == [layers[3].ztoc_digest, layers[0].ztoc_digest]
+            assert len(one.spans.layers.open) <= 2
+        assert [Digest(key[1]) for key in one.spans.layers.open] == [layers[3].ztoc_digest, layers[0].ztoc_digest]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mounter over a real FUSE mount, its server in another process, its layers real gzip tars."""
+"""The mounter's mounts, by FUSE and by EROFS: its server in another process, its layers real gzip tars."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import stat
@@ -19,13 +20,12 @@ from typing import Any
 
 import pytest
 
-from soci.digest import hex_of, sha256_digest
+from soci.digest import sha256_digest
 from soci.errors import AlreadyExists, InvalidInput, NotFound
 from soci.ztoc import encode_ztoc
-from soci_cache import LayerStore
 from soci_mounter import kernel
+from support.mounter_bench import WAYS_TO_SHOW, Bench, described
 from support.mounter_layers import CAPABILITY, Made, everything, item, make, noise, unpack
-from support.mounter_process import Server
 
 pytestmark = [
     pytest.mark.root,
@@ -38,82 +38,17 @@ def full() -> Made:
     return make(everything())
 
 
-class Bench:
-    """A root folder, its blobs, and the servers that were started on it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.root = folder / "root"
-        self.blobs = folder / "blobs"
-        self.root.mkdir()
-        self.blobs.mkdir()
-        self.servers: list[Server] = []
-        self.mounted: list[Path] = []
-
-    def start(self, **settings: Any) -> Server:
-        server = Server(self.root, self.blobs, **settings)
-        self.servers.append(server)
-        return server
-
-    def layer(self, made: Made) -> dict[str, object]:
-        """Prepare a layer and give the fields of its ask."""
-        made.put(self.root / "cache")
-        (self.blobs / hex_of(made.layer)).write_bytes(made.blob)
-        return {"image": "registry/image", "layer": made.layer, "ztoc": made.ztoc_digest}
-
-    def mount(self, server: Server, name: str, made: Made, lower: tuple[str, ...] = (), **manner: Any) -> Path:
-        return Path(server.ask("mount", mount=name, lower=lower, **manner, **self.layer(made)))
-
-    def present(self, made: Made) -> int:
-        with LayerStore(self.root / "cache").read(made.layer, made.ztoc_digest) as reader:
-            return reader.present_count()
-
-    def close(self) -> None:
-        for path in [*reversed(self.mounted), self.root / "mounts"]:
-            kernel.clear(path)
-        for server in self.servers:
-            server.end(signal.SIGKILL)
+WAYS = pytest.mark.parametrize("bench", WAYS_TO_SHOW, indirect=True)
+"""Both ways to show a layer. A test without it is of FUSE alone."""
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path)
+def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    made = Bench(tmp_path, getattr(request, "param", "fuse"))
     try:
         yield made
     finally:
         made.close()
-
-
-def described(root: Path) -> dict[str, tuple[Any, ...]]:
-    """Everything that a program can see of a tree: path → type, mode, owner, size, time, target, attributes, bytes."""
-    found: dict[str, tuple[Any, ...]] = {}
-    inodes: dict[int, str] = {}
-    for folder, folders, names in os.walk(root):
-        for name in sorted(folders) + sorted(names):
-            path = Path(folder) / name
-            seen = path.lstat()
-            key = str(path.relative_to(root))
-            regular, link = stat.S_ISREG(seen.st_mode), path.is_symlink()
-            device = stat.S_ISCHR(seen.st_mode) or stat.S_ISBLK(seen.st_mode)
-            first = inodes.setdefault(seen.st_ino, key)
-            found[key] = (
-                stat.filemode(seen.st_mode),
-                seen.st_uid,
-                seen.st_gid,
-                None if path.is_dir() and not link else seen.st_size,
-                None if path.is_dir() and not link else seen.st_nlink,
-                seen.st_rdev if device else 0,
-                seen.st_mtime_ns,
-                str(path.readlink()) if link else "",
-                {attribute: os.getxattr(path, attribute, follow_symlinks=False) for attribute in attributes_of(path)},
-                hashlib.sha256(path.read_bytes()).hexdigest() if regular else "",
-                first,
-            )
-    return found
-
-
-def attributes_of(path: Path) -> list[str]:
-    return sorted(name for name in os.listxattr(path, follow_symlinks=False) if name != "security.selinux")
 
 
 def fails_with(number: int, action: Callable[[], object]) -> None:
@@ -122,6 +57,7 @@ def fails_with(number: int, action: Callable[[], object]) -> None:
     assert info.value.errno == number, info.value
 
 
+@WAYS
 def test_a_mount_shows_what_unpacking_would(bench: Bench, full: Made, tmp_path: Path) -> None:
     """Types, modes, owners, sizes, times, links, devices, attributes and bytes equal those of the unpacked tar."""
     path = bench.mount(bench.start(), "m1", full)
@@ -134,6 +70,7 @@ def test_a_mount_shows_what_unpacking_would(bench: Bench, full: Made, tmp_path: 
     assert {got[key][0:3] for key in implied} == {("drwxr-xr-x", 0, 0)}
 
 
+@WAYS
 def test_file_capabilities_come_through(bench: Bench) -> None:
     """The kernel finds ``security.capability`` with its binary value."""
     header = {"SCHILY.xattr.security.capability": CAPABILITY.decode("utf-8", "surrogateescape")}
@@ -142,6 +79,7 @@ def test_file_capabilities_come_through(bench: Bench) -> None:
     assert os.getxattr(path / "ping", "security.capability") == CAPABILITY
 
 
+@WAYS
 def test_mounting_fetches_nothing_and_reading_only_what_it_needs(bench: Bench, full: Made) -> None:
     """The tree is there with no span present; a small read brings few of them, and a second read none."""
     server = bench.start()
@@ -156,6 +94,7 @@ def test_mounting_fetches_nothing_and_reading_only_what_it_needs(bench: Bench, f
     assert server.ask("fetched") == fetched
 
 
+@WAYS
 def test_reading_in_order_runs_ahead(bench: Bench, full: Made) -> None:
     """A large file read from its start is fetched ahead of the reader, no span twice."""
     server = bench.start()
@@ -167,6 +106,7 @@ def test_reading_in_order_runs_ahead(bench: Bench, full: Made) -> None:
     assert any(why == "read-ahead" for _, _, why, _ in fetched)
 
 
+@WAYS
 def test_many_readers_of_one_file_fetch_each_span_once(bench: Bench, full: Made) -> None:
     """Sixteen threads that read the same cold file get its bytes, and no span is asked for twice."""
     server = bench.start()
@@ -187,6 +127,7 @@ def test_many_readers_of_one_file_fetch_each_span_once(bench: Bench, full: Made)
     assert len(spans) == len(set(spans))
 
 
+@WAYS
 def test_overlayfs_merges_mounted_layers(bench: Bench, tmp_path: Path) -> None:
     """With two lazy layers below and a writable one on top, whiteouts and opaque directories hide what they should."""
     directory: dict[str, Any] = {"kind": tarfile.DIRTYPE, "mode": 0o755}
@@ -218,6 +159,7 @@ def test_overlayfs_merges_mounted_layers(bench: Bench, tmp_path: Path) -> None:
     assert subprocess.run([merged / "run"], capture_output=True, check=True, timeout=20).stdout == b"ran\n"
 
 
+@WAYS
 def test_implied_directories_take_after_the_layers_below(bench: Bench) -> None:
     """Their attributes come from a lower layer on the same FUSE mount, unless a whiteout is in between."""
     attributes = {"SCHILY.xattr.user.k": "v"}
@@ -244,6 +186,7 @@ def test_implied_directories_take_after_the_layers_below(bench: Bench) -> None:
         assert (stat.filemode(seen.st_mode), seen.st_uid) == ("drwxr-xr-x", 0)
 
 
+@WAYS
 def test_the_file_system_is_read_only(bench: Bench, full: Made) -> None:
     """Every way to change something is EROFS."""
     path = bench.mount(bench.start(), "m1", full)
@@ -259,6 +202,7 @@ def test_the_file_system_is_read_only(bench: Bench, full: Made) -> None:
         fails_with(errno.EROFS, action)
 
 
+@WAYS
 def test_other_users_read_as_the_modes_say(bench: Bench, full: Made) -> None:
     """The kernel checks permissions: a stranger reads an open file and is refused a closed one."""
     server = bench.start()
@@ -270,6 +214,21 @@ def test_other_users_read_as_the_modes_say(bench: Bench, full: Made) -> None:
     assert good.stdout == b"late"
     assert b"Permission denied" in bad.stderr
     assert stat.S_IMODE((bench.root / "mounts").stat().st_mode) == 0o711
+
+
+def test_the_hidden_directory_says_how_the_layer_is_shown(bench: Bench, full: Made) -> None:
+    """Root finds it by its name and reads how much came, anew each time; no listing has it."""
+    if bench.mode != "fuse":
+        pytest.skip("a static image has no such thing")
+    server = bench.start()
+    path = bench.mount(server, "m1", full)
+    file = path / ".soci-snapshotter" / f"{full.layer}.json"
+    assert ".soci-snapshotter" not in [one.name for one in path.iterdir()]
+    said = json.loads(file.read_text())
+    assert (said["fetchedSize"], said["mode"], said["digest"]) == (0, "fuse", full.layer)
+    (path / "big").read_bytes()
+    assert json.loads(file.read_text())["fetchedPercent"] > 50
+    assert file.read_bytes().endswith(b"}\n")
 
 
 def test_statfs_answers(bench: Bench, full: Made) -> None:
@@ -291,6 +250,7 @@ def test_mounting_twice_is_once(bench: Bench, full: Made) -> None:
     assert server.ask("check", mounts=["m1", "m2"]) == ["m1"]
 
 
+@WAYS
 def test_an_unmounted_directory_is_gone_and_its_name_is_free(bench: Bench, full: Made) -> None:
     """After unmount-layer the path is ENOENT at once; another layer may then have the name."""
     server = bench.start()
@@ -309,6 +269,7 @@ def test_an_unmounted_directory_is_gone_and_its_name_is_free(bench: Bench, full:
 
 
 @pytest.mark.parametrize("how", ["registry-unavailable", "mismatch", "hang"])
+@WAYS
 def test_a_read_that_cannot_be_served_fails_at_its_deadline_and_later_succeeds(
     bench: Bench, full: Made, how: str
 ) -> None:
@@ -362,6 +323,7 @@ def test_the_kernel_may_have_many_reads_waiting(bench: Bench, full: Made, tmp_pa
     assert (connections / device.partition(":")[2] / "max_background").read_text().strip() == str(kernel.MAX_BACKGROUND)
 
 
+@WAYS
 def test_what_is_here_is_served_without_a_fetcher(bench: Bench, full: Made) -> None:
     """With every span present nobody is asked, and reads succeed though the fetcher fails."""
     server = bench.start(deadline=1.0)
@@ -452,6 +414,7 @@ def test_a_mounter_whose_mount_is_taken_away_ends(bench: Bench, full: Made) -> N
     assert server.process.wait(20) == 1
 
 
+@WAYS
 def test_wrong_headers_are_refused(bench: Bench) -> None:
     """A table of contents that gives another name to a file's bytes is found out, unless checking is switched off."""
     truth = make([item("name", b"x" * 5000), item("other", b"y" * 5000)])
@@ -467,6 +430,7 @@ def test_wrong_headers_are_refused(bench: Bench) -> None:
     assert (path / "eman").read_bytes() == b"x" * 5000
 
 
+@WAYS
 def test_misses_belong_to_the_launch_that_was_attached(bench: Bench, full: Made) -> None:
     """Fetches and miss events after attach-launch carry its id."""
     launch = "ab" * 16
@@ -482,6 +446,7 @@ def test_misses_belong_to_the_launch_that_was_attached(bench: Bench, full: Made)
 MAPS: dict[str, Any] = {"uid_map": [[0, 100_000, 1001]], "gid_map": [[0, 200_000, 1001]]}
 
 
+@WAYS
 def test_one_layer_is_shown_with_several_owners(bench: Bench, full: Made, tmp_path: Path) -> None:
     """A second showing has other owners and is the same layer in all else; its spans are fetched once, and it is there
     again, with the same owners, after the mounter was killed."""
@@ -544,6 +509,7 @@ def test_maps_that_are_none_are_refused(bench: Bench, full: Made, wrong: dict[st
     assert server.ask("check", mounts=["m1_1"]) == []
 
 
+@WAYS
 def test_opaque_directories_for_overlayfs_in_a_user_namespace(bench: Bench, tmp_path: Path) -> None:
     """With ``user_xattrs`` the mark is ``user.overlay.opaque`` alone, and an overlay with ``userxattr`` obeys it."""
     directory: dict[str, Any] = {"kind": tarfile.DIRTYPE, "mode": 0o755}

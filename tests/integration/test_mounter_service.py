@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -93,6 +94,9 @@ async def test_the_service_mounts_reads_and_ends(
         path = await mount(bus, asks.MountLayer("m1", "registry/image", made.layer, made.ztoc_digest))
         assert await to_thread((path / "file").read_bytes) == b"content"
         assert (await bus.ask(asks.CheckMounts(("m1", "m2")), timeout=10)).alive == ("m1",)
+        words = [sys.executable, "-m", "soci_cli", "--nats-url", nats[0], "--node", NODE, "layers", "ls", "--json"]
+        listed = json.loads((await to_thread(subprocess.run, words, check=True, capture_output=True)).stdout)
+        assert [(one["mount"], one["way"], one["image"]) for one in listed] == [("m1", "fuse", "registry/image")]
         shown = [kept.event async for kept in bus.history("mount")]
         assert [event.mount for event in shown if isinstance(event, LayerShown)] == ["m1"]
     nats[1].kill()

@@ -23,6 +23,8 @@ from soci_cache import LayerStore
 from soci_dev.faults import Corrupt, Seen, Status
 from soci_dev.proxy import Proxy
 from soci_dev.stack import Stack
+from soci_fetcher.links import Links
+from soci_fetcher.source import RegistrySource
 from soci_fetcher.spans import SpanFetcher
 from soci_registry import HostBook, Mirror, NoCredentials, Registry, RegistrySettings
 from soci_runtime.flights import Flights
@@ -158,7 +160,9 @@ async def test_spans_that_a_mirror_spoils(daemons: Stack, tmp_path: Path) -> Non
             Registry(settings=RegistrySettings(), credentials=NoCredentials(), hosts=book, tell=tell) as client,
             Flights() as flights,
         ):
-            spans = SpanFetcher(LayerStore(tmp_path), client, events.append, flights, attempts=2)
+            spans = SpanFetcher(
+                LayerStore(tmp_path), RegistrySource(client, Links()), events.append, flights, attempts=2
+            )
             made.put(tmp_path)
             last = len(made.ztoc.span_digests) - 1
             await spans.fetch(spans_of(f"{daemons.registries[0]}/{name}:1", made, 0, last), CONTEXT)

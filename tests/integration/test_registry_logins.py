@@ -267,12 +267,13 @@ def test_the_configuration_s_limits() -> None:
     assert settings.range_tries == RegistrySettings().range_tries
     config = Config(
         dial_timeout=1, response_timeout=2, request_timeout=4, max_retries=0, max_wait=5, blob_max_retries=1,
-        blob_max_wait=0.5, fetching_timeout=6, auth_client_ttl=7, plain_http=("reg.example",),
+        blob_min_wait=0.2, blob_max_wait=0.5, fetching_timeout=6, auth_client_ttl=7, plain_http=("reg.example",),
     )  # fmt: skip
     settings = registry_settings(config)
     assert (settings.connect_timeout, settings.header_timeout, settings.total_timeout) == (1, 2, 4)
     assert (settings.tries, settings.max_wait, settings.range_tries, settings.range_max_wait) == (1, 5, 2, 0.5)
     assert (settings.range_deadline, settings.login_seconds) == (6, 7)
+    assert (settings.range_retry.min_wait, settings.retry.min_wait) == (0.2, 0.03)
     assert settings.plain_http == {"reg.example"}
 
 

@@ -34,6 +34,7 @@ from soci.oci import OCI_CONFIG, OCI_INDEX, OCI_LAYER_GZIP, OCI_MANIFEST, Descri
 from soci_dev.faults import Corrupt, Drop, IgnoreRange, Seen, Short, Stall, Status
 from soci_dev.proxy import Proxy
 from soci_registry import Credentials, FixedLogin, Login, NoCredentials, Registry, RegistrySettings, Repository
+from soci_registry.policy import TOO_MANY_SECONDS
 from soci_registry.route import Route
 from soci_registry.urls import Place
 from support.registry import Manners, front, running_registry
@@ -43,7 +44,7 @@ SETTINGS = RegistrySettings(
     min_wait=0.01,
     max_wait=0.05,
     range_max_wait=0.05,
-    stall_timeout=0.5,
+    stall_timeout=0.3,
     range_deadline=20,
 )
 BLOB = random.Random(7).randbytes(3 * 1024 * 1024)
@@ -73,7 +74,22 @@ def image(upstream: str) -> Digest:
     return asyncio.run(push())
 
 
+class Ranges:
+    """Over which wire ranges go in this test: our own, unless it says otherwise."""
+
+    raw = True
+
+
+BOTH_WIRES = pytest.mark.parametrize("wire", [True, False], ids=["raw", "aiohttp"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranges, "raw", getattr(request, "param", True))
+
+
 def registry(settings: RegistrySettings = SETTINGS, credentials: Credentials | None = None) -> Registry:
+    settings = replace(settings, raw_ranges=Ranges.raw)
     return Registry(settings=settings, credentials=credentials or NoCredentials())
 
 
@@ -114,6 +130,7 @@ async def test_absent_things_are_not_found(upstream: str, image: Digest) -> None
                 await asked
 
 
+@BOTH_WIRES
 async def test_blob_whole_in_a_stream_and_in_ranges(upstream: str, image: Digest) -> None:
     """A blob's bytes are the same by each way of reading, at both ends and in the middle."""
     size = len(BLOB)
@@ -196,6 +213,7 @@ async def test_referrers_by_the_fallback_tag(upstream: str, image: Digest) -> No
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
+@BOTH_WIRES
 @pytest.mark.parametrize("fault", [Short(1000), Drop(), Status(500), Status(503), IgnoreRange(), Stall(30, keep=10)])
 async def test_every_second_range_goes_wrong(
     upstream: str, image: Digest, fault: Status | Drop | Short | Stall
@@ -251,14 +269,17 @@ async def test_corrupt_content_is_never_returned_whole(upstream: str, image: Dig
                     pass
 
 
-async def test_retry_after_holds_back_every_range(upstream: str, image: Digest) -> None:
-    """After a 429 with Retry-After nothing is asked of that host before the time is over, by no range."""
+@pytest.mark.parametrize(("asks", "seconds"), [({"Retry-After": "1"}, 1.0), ({}, TOO_MANY_SECONDS)])
+async def test_too_many_requests_hold_back_every_range(
+    upstream: str, image: Digest, asks: dict[str, str], seconds: float
+) -> None:
+    """After a 429 nothing is asked of that host before the time is over, by no range."""
     loop = asyncio.get_running_loop()
     times: list[float] = []
 
     async def manners(request: web.Request) -> web.Response | None:
         times.append(loop.time())
-        return web.Response(status=429, headers={"Retry-After": "1"}) if len(times) == 1 else None
+        return web.Response(status=429, headers=asks) if len(times) == 1 else None
 
     async with front(upstream, manners) as it, registry() as client:
         repository = client.repository(f"{it.address}/team/app")
@@ -269,9 +290,10 @@ async def test_retry_after_holds_back_every_range(upstream: str, image: Digest) 
         second = asyncio.create_task(repository.blob_range(BLOB_DIGEST, 10, 20))
         assert [await first, await second] == [BLOB[:10], BLOB[10:20]]
     assert len(times) == 3
-    assert min(times[1:]) - times[0] >= 1.0
+    assert min(times[1:]) - times[0] >= seconds
 
 
+@BOTH_WIRES
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -296,6 +318,7 @@ async def test_lying_partial_answers_are_refused(
         assert len(it.seen) == 3
 
 
+@BOTH_WIRES
 @pytest.mark.parametrize("size", [99, 101])
 async def test_partial_body_of_another_length_is_refused(upstream: str, image: Digest, size: int) -> None:
     """A 206 with the right Content-Range and one byte too few or too many is refused, whatever its framing."""
@@ -316,6 +339,23 @@ async def test_partial_body_of_another_length_is_refused(upstream: str, image: D
             await c.repository(f"{it.address}/team/app").blob_range(BLOB_DIGEST, 100, 200)
 
 
+@pytest.mark.parametrize("fault", [Short(700_000), Stall(30, keep=700_000)])
+async def test_range_goes_on_from_the_last_byte(upstream: str, image: Digest, fault: Short | Stall) -> None:
+    """A range that breaks off is asked for again from the byte where it stopped, not from its beginning."""
+    ranges: list[str] = []
+
+    def hook(seen: Seen) -> Short | Stall | None:
+        ranges.append(seen.range)
+        return fault if len(ranges) <= 2 else None
+
+    with Proxy(upstream, hook=hook) as proxy:
+        async with registry() as it:
+            got = await it.repository(f"{proxy.address}/team/app").blob_range(BLOB_DIGEST, 1000, 2_000_000)
+    assert got == BLOB[1000:2_000_000]
+    assert ranges == ["bytes=1000-1999999", "bytes=701000-1999999", "bytes=1401000-1999999"]
+
+
+@BOTH_WIRES
 async def test_whole_blob_for_a_distant_range_is_refused(upstream: str, image: Digest) -> None:
     """A server that ignores Range is not read through further than the settings allow."""
     with Proxy(upstream, hook=lambda _seen: IgnoreRange()) as proxy:
@@ -326,6 +366,7 @@ async def test_whole_blob_for_a_distant_range_is_refused(upstream: str, image: D
                 await repository.blob_range(BLOB_DIGEST, 1001, 1100)
 
 
+@BOTH_WIRES
 async def test_trickling_body_is_given_up(upstream: str, image: Digest) -> None:
     """A body that never stalls but trickles is given up after a window, and another connection is tried."""
     count = 0
@@ -370,6 +411,7 @@ async def test_registry_that_is_away() -> None:
             await repository.blob(BLOB_DIGEST, limit=1)
 
 
+@BOTH_WIRES
 async def test_connections_a_host_are_bounded(upstream: str, image: Digest) -> None:
     """However many ranges are asked for at once, a host sees no more than the settings' connections."""
     with Proxy(upstream, rtt_s=0.01) as proxy:
@@ -586,6 +628,7 @@ class Redirecting:
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Token-0>secret-of-s3</Token-0></Error>"
 
 
+@BOTH_WIRES
 @pytest.mark.parametrize(
     ("status", "headers", "body"),
     [(401, {}, b""), (403, {}, b""), (404, {}, b""), (400, {"Content-Type": "application/xml"}, EXPIRED)],
@@ -618,6 +661,52 @@ async def test_redirect_target_is_remembered_and_refreshed(
         assert await repository.blob_range(BLOB_DIGEST, 7, 17) == BLOB[7:17]
         async with aclosing(repository.blob_stream(BLOB_DIGEST)) as chunks:
             assert hashlib.sha256(b"".join([chunk async for chunk in chunks])).hexdigest() == BLOB_DIGEST[7:]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_many_ranges_ask_for_one_new_target(upstream: str, image: Digest, status: int) -> None:
+    """When a signature runs out under many ranges at once, one of them asks the registry for the new one."""
+    redirecting = Redirecting("")
+    async with (
+        front(upstream, redirecting.at_store(status, {}, b"")) as store,
+        front(upstream, redirecting.at_registry) as it,
+        registry(replace(SETTINGS, connections_per_host=40), FixedLogin(Login("ada", "pw"))) as client,
+    ):
+        redirecting.store = store.address.replace("127.0.0.1", "localhost")
+        repository = client.repository(f"{it.address}/team/app")
+        assert await repository.blob_range(BLOB_DIGEST, 0, 10) == BLOB[:10]
+        before = len(it.requests("GET", "/blobs/"))
+        for _ in range(3):
+            redirecting.signature = redirecting.valid = redirecting.valid + 1
+            got = await asyncio.gather(*(repository.blob_range(BLOB_DIGEST, at, at + 10) for at in range(20)))
+            assert got == [BLOB[at : at + 10] for at in range(20)]
+        assert len(it.requests("GET", "/blobs/")) == before + 3
+
+
+async def test_a_target_that_says_its_end_is_replaced_before_it(upstream: str, image: Digest) -> None:
+    """A signature that tells its lifetime is not used beyond it: the store never refuses."""
+    redirecting = Redirecting("")
+
+    async def at_registry(request: web.Request) -> web.Response | None:
+        found = await redirecting.at_registry(request)
+        if found is not None and "Location" in found.headers:
+            found.headers["Location"] += "&X-Amz-Expires=1"
+        return found
+
+    async with (
+        front(upstream, redirecting.at_store(403, {}, b"")) as store,
+        front(upstream, at_registry) as it,
+        registry(credentials=FixedLogin(Login("ada", "pw"))) as client,
+    ):
+        redirecting.store = store.address
+        repository = client.repository(f"{it.address}/team/app")
+        for at in range(3):
+            assert await repository.blob_range(BLOB_DIGEST, at, at + 10) == BLOB[at : at + 10]
+        assert (len(it.requests("GET", "/blobs/")), len(store.seen)) == (2, 3)
+        await asyncio.sleep(1)
+        redirecting.signature = redirecting.valid = 2
+        assert await repository.blob_range(BLOB_DIGEST, 7, 17) == BLOB[7:17]
+        assert (len(it.requests("GET", "/blobs/")), len(store.seen)) == (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -697,6 +786,7 @@ async def test_manifest_by_tag_is_checked_against_the_registrys_own_digest(upstr
 # --- strange servers ------------------------------------------------------------------------------------------------
 
 
+@BOTH_WIRES
 @pytest.mark.parametrize(
     "answer",
     [
@@ -743,6 +833,7 @@ async def test_strange_answers_are_errors_of_ours(answer: bytes) -> None:
                 await asked
 
 
+@BOTH_WIRES
 async def test_loopback_needs_no_proxy(upstream: str, image: Digest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment's proxy is not asked for this machine's own registries."""
     for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"):
@@ -755,6 +846,7 @@ async def test_loopback_needs_no_proxy(upstream: str, image: Digest, monkeypatch
         assert await repository.blob_range(BLOB_DIGEST, 0, 10) == BLOB[:10]
 
 
+@BOTH_WIRES
 async def test_environment_proxy_is_used(upstream: str, image: Digest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry elsewhere is reached through the environment's proxy, by both clients."""
 
@@ -812,6 +904,7 @@ async def test_store_that_fails_is_replaced(upstream: str, image: Digest) -> Non
             assert len(it.seen) == 2
 
 
+@BOTH_WIRES
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 async def test_certificates_are_checked(tmp_path: Path) -> None:
     """An unknown certificate is refused at the first try by both clients; the configured authority is trusted."""

@@ -175,7 +175,9 @@ def test_a_deadline_of_the_client(calls: Calls) -> None:
 
 
 def test_the_bus_is_away(process: Process) -> None:
-    """A remote Prepare is answered within mount_timeout, deferred, with the reason in the log."""
+    """A remote Prepare is answered within mount_timeout, deferred, with the reason in the log; the next layers do not
+    wait for the bus again.
+    """
     settings = process.folder / "config.toml"
     settings.write_text("mount_timeout_sec = 1\n")
     process.flags = ("--config", str(settings))
@@ -183,10 +185,13 @@ def test_the_bus_is_away(process: Process) -> None:
     with closing(Calls(process.socket)) as calls:
         assert [one.type for one in calls.prepare("default/1/x", "", REMOTE)] == ["bind"]
         assert code_of(lambda: calls.prepare("no-namespace", "", REMOTE)) == "FAILED_PRECONDITION"
+        for number in (2, 3):
+            calls.prepare(f"default/{number}/x", "", REMOTE)
     assert process.daemon is not None
-    (line,) = [line for line in lines(process.daemon.output()) if line["msg"] == "layer"]
-    assert (line["mode"], line["defer-snapshot-runtime"]) == ("defer", "true")
-    assert "NATS is away" in line["why"]
+    told = [line for line in lines(process.daemon.output()) if line["msg"] == "layer"]
+    assert [(line["mode"], line["defer-snapshot-runtime"]) for line in told] == [("defer", "true")] * 3
+    assert all("NATS is away" in line["error"] for line in told)
+    assert ["as it was a moment ago" in line["error"] for line in told] == [False, True, True]
 
 
 def test_stopping_during_a_call(process: Process, calls: Calls) -> None:

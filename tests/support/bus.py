@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from soci.digest import Digest
 from soci.errors import SociError
 from soci.launch import LaunchId
-from soci_bus import asks, events
+from soci_bus import asks, events, notices
 from soci_bus.asks import Ask
 from soci_dev.processes import Daemon, free_port
 from soci_dev.tools import find
@@ -33,7 +33,7 @@ ASKS: list[type[Ask[Any]]] = [
     cls for cls in vars(asks).values() if isinstance(cls, type) and issubclass(cls, Ask) and cls is not Ask
 ]
 ANSWERS: list[type[Any]] = sorted({cls.answer for cls in ASKS}, key=lambda cls: cls.__name__)
-MESSAGES: list[type[Any]] = [*ASKS, *ANSWERS, asks.IndexedLayer, *events.ALL]
+MESSAGES: list[type[Any]] = [*ASKS, *ANSWERS, asks.IndexedLayer, *events.ALL, *notices.ALL]
 
 _HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

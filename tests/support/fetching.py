@@ -22,6 +22,9 @@ from soci_cache import LayerStore
 from soci_dev import image
 from soci_dev.tarball import member
 from soci_fetcher.layers import LayerFetcher
+from soci_fetcher.links import Links
+from soci_fetcher.quiet import Quiet
+from soci_fetcher.source import RegistrySource
 from soci_fetcher.spans import SpanFetcher
 from soci_registry import NoCredentials, Registry, RegistrySettings
 from soci_runtime.flights import Flights
@@ -44,6 +47,7 @@ class Fetching:
     layers: LayerFetcher
     scratch: Path
     events: list[Event] = field(default_factory=list)
+    quiet: Quiet | None = None
 
     def told(self, kind: type[Event]) -> list[Any]:
         """The events of a class."""
@@ -56,12 +60,15 @@ async def fetching(cache: Path, *, attempts: int = 3, settings: RegistrySettings
     events: list[Event] = []
     store = LayerStore(cache)
     async with Registry(settings=settings, credentials=NoCredentials()) as registry, Flights() as flights:
-        spans = SpanFetcher(store, registry, events.append, flights, attempts=attempts)
+        quiet = Quiet(cache)
+        source = RegistrySource(registry, Links())
+        spans = SpanFetcher(store, source, events.append, flights, attempts=attempts, quiet=quiet, seen=source.seen)
         layers = LayerFetcher(store, registry, events.append, cache / "whole")
         try:
-            yield Fetching(registry, store, spans, layers, cache / "whole", events)
+            yield Fetching(registry, store, spans, layers, cache / "whole", events, quiet)
         finally:
             spans.close()
+            quiet.close()
 
 
 async def push_layer(host: str, made: Made, *, blob: bytes | None = None) -> str:

@@ -25,8 +25,8 @@ DATA_FILES = 8
 DATA_BYTES = 1 << 20
 
 
-def seeded_image(folder: Path, *, seed: int | None = None) -> image.Image:
-    """Two gzip layers that no other test has: busybox with a mark, and `DATA_FILES` files of noise in ``/data``."""
+def seeded_image(folder: Path, *, seed: int | None = None, files: int = DATA_FILES) -> image.Image:
+    """Two gzip layers that no other test has: busybox with a mark, and some files of noise in ``/data``."""
     seed = secrets.randbits(32) if seed is None else seed
 
     def base() -> Iterator[Any]:
@@ -35,7 +35,7 @@ def seeded_image(folder: Path, *, seed: int | None = None) -> image.Image:
 
     def data() -> Iterator[Any]:
         yield member("data", b"5", mode=0o755)
-        for number in range(DATA_FILES):
+        for number in range(files):
             yield member(f"data/{number}", content=noise(seed + number, DATA_BYTES))
 
     layers = [image.add_layer(folder, base()), image.add_layer(folder, data())]

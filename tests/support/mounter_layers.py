@@ -20,6 +20,7 @@ from soci.digest import Digest, sha256_digest
 from soci.inflate import inflate_span
 from soci.toc import Ztoc
 from soci_cache import LayerStore
+from soci_cache.proof import COMPLETE, keep_tail, prove
 
 SPAN_SIZE = 64 << 10
 Item = tuple[tarfile.TarInfo, bytes]
@@ -69,6 +70,16 @@ class Made:
             for span in spans:
                 start, end = writer.spans.compressed(span)
                 writer.fill(span, inflate_span(self.ztoc, writer.spans, span, self.blob[start:end]))
+
+    def complete(self, cache: Path) -> Path:
+        """Have all of the layer here, and its diff_id proven, as fetcher and keeper do; the layer's folder."""
+        store, diff_id = LayerStore(cache), Digest("sha256:" + hashlib.sha256(self.tar).hexdigest())
+        place = store.directory(self.layer, self.ztoc_digest)
+        with store.prepare(self.layer, self.ztoc_digest, self.ztoc_bytes, diff_id) as reader:
+            self.fill(cache, range(reader.spans.count))
+            keep_tail(place, self.tar[reader.spans.uncompressed_size :])
+            assert prove(place, reader.spans) == COMPLETE
+        return place
 
 
 def make(items: Sequence[Item], span_size: int = SPAN_SIZE) -> Made:

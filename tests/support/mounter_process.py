@@ -14,6 +14,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from soci_bus import asks
 from soci_bus.face import Context
 from soci_bus.memory import MemoryBus
 from soci_cache import LayerStore
-from soci_mounter import service
+from soci_mounter import device, holder, mounts, service, table
 from soci_mounter.filesystem import FileSystem
 from soci_runtime.config import Config
 from soci_runtime.logs import configure_logs
@@ -37,6 +40,7 @@ ASKS: dict[str, type[asks.Ask[Any]]] = {
     "unmount": asks.UnmountLayer,
     "check": asks.CheckMounts,
     "attach": asks.AttachLaunch,
+    "list": asks.ShownLayers,
 }
 
 
@@ -59,10 +63,41 @@ class Fetcher:
             raise errors.from_code(self.fails, "told to fail")
         blob = (self.blobs / hex_of(ask.layer)).read_bytes()
         with self.store.write(ask.layer, ask.ztoc) as writer:
-            for span in range(ask.first, ask.last + 1):
+            last = min(ask.last + ask.ahead, writer.spans.count - 1)
+            # Some of what comes along may be here: it is not fetched.
+            along = writer.missing(range(ask.last + 1, last + 1))
+            self.fetched += [(span, span, "read-ahead", ask.image) for span in along]
+            for span in writer.missing(range(ask.first, last + 1)):
                 start, end = writer.spans.compressed(span)
                 writer.fill(span, inflate_span(writer.ztoc, writer.spans, span, blob[start:end]))
         return asks.SpansFetched(1, 1)
+
+
+TABLES: list[table.Table] = []
+READS: list[str] = []
+"""The mounts whose devices were read, read by read."""
+
+
+def count_reads() -> None:
+    read = device.Device.read
+
+    async def counted(self: device.Device, offset: int, length: int) -> bytes:
+        READS.append(self.mount)
+        return await read(self, offset, length)
+
+    device.Device.read = counted  # type: ignore[method-assign]
+
+
+def note_tables(keep: float) -> None:
+    module: Any = table
+    make = table.Table
+    module.KEEP_SECONDS = keep
+
+    def made(*values: Any, **more: Any) -> table.Table:
+        TABLES.append(make(*values, **more))
+        return TABLES[-1]
+
+    module.Table = made
 
 
 def break_operation(name: str) -> None:
@@ -78,11 +113,17 @@ async def command(line: dict[str, Any], bus: MemoryBus, fetcher: Fetcher) -> Any
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         trace = TraceParent(values["launch"], "1" * 16) if verb == "attach" else None
         answer: Any = await bus.ask(ASKS[verb](**values), timeout=20, trace=trace)
+        if verb == "list":
+            return [asdict(one) for one in answer.layers]
         return answer.path if verb == "mount" else getattr(answer, "alive", None)
     if verb == "fail":
         fetcher.fails = values["how"]
     elif verb == "break":
         break_operation(values["operation"])
+    elif verb == "forgotten":
+        return [one._held is None for one in TABLES]
+    elif verb == "reads":
+        return READS
     elif verb == "fetched":
         return [fetcher.fetched, fetcher.traces]
     elif verb == "events":
@@ -118,11 +159,14 @@ async def commands(bus: MemoryBus, fetcher: Fetcher, process: Answering) -> None
     process.stop(signal.SIGTERM)
 
 
-async def serve(root: Path, blobs: Path, deadline: float, *, verify: bool, pipe: int) -> None:
+async def serve(root: Path, blobs: Path, deadline: float, *, verify: bool, mode: str, pipe: int, keep: float) -> None:
     configure_logs("info", "mounter")
+    count_reads()
+    note_tables(keep)
+    mounts.LOOK_SECONDS = 0.05
     bus, process = MemoryBus(), Answering(pipe)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, process.stop, signal.SIGTERM)
-    config = Config(root=root, read_deadline=deadline, disable_verification=not verify)
+    config = Config(root=root, read_deadline=deadline, disable_verification=not verify, mount_mode=mode)
     fetcher = Fetcher(LayerStore(config.cache), blobs)
     await bus.serve(asks.FetchSpans, fetcher.fetch)
     with service.alone(root / "mounter"):
@@ -135,10 +179,19 @@ async def serve(root: Path, blobs: Path, deadline: float, *, verify: bool, pipe:
 class Server:
     """The process, seen from the test."""
 
-    def __init__(self, root: Path, blobs: Path, *, deadline: float = 10.0, verify: bool = True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        blobs: Path,
+        *,
+        deadline: float = 10.0,
+        verify: bool = True,
+        mode: str = "fuse",
+        keep: float = 20.0,
+    ) -> None:
         self.log = root.parent / "server.log"
         answers, theirs = os.pipe()
-        settings = [str(deadline), str(int(verify)), str(theirs)]
+        settings = [str(deadline), str(int(verify)), mode, str(theirs), str(keep)]
         path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
@@ -183,12 +236,41 @@ class Server:
             self.answers.close()
 
 
+class Holder:
+    """``soci-holder`` on a root folder, ready when this returns."""
+
+    def __init__(self, root: Path) -> None:
+        self.log = root.parent / "holder.log"
+        self.path = root / "mounter" / holder.SOCKET
+        with self.log.open("a") as log:
+            command = [sys.executable, "-m", "soci_mounter.holder", "--root", str(root)]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        for _ in range(1000):
+            with suppress(errors.Unavailable):
+                holder.get(self.path, "nothing")
+                return
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.01)
+        raise AssertionError(f"no holder; see {self.log}")
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal, wait, and give the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+
 if __name__ == "__main__":
     signal.alarm(LIFE)
     import uvloop
 
     uvloop.run(
         serve(
-            Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), verify=sys.argv[4] == "1", pipe=int(sys.argv[5])
+            Path(sys.argv[1]),
+            Path(sys.argv[2]),
+            float(sys.argv[3]),
+            verify=sys.argv[4] == "1",
+            mode=sys.argv[5],
+            pipe=int(sys.argv[6]),
+            keep=float(sys.argv[7]),
         )
     )

@@ -9,7 +9,7 @@ import pytest
 
 from soci.digest import sha256_digest
 from soci_cache import LayerStore
-from soci_cache.presence import HEADER, boot_id, new_map
+from soci_cache.presence import AHEAD, FILLED, HEADER, NEEDED, boot_id, new_map
 from soci_cache.store import Here
 
 LAYER, ZTOC = sha256_digest(b"layer"), sha256_digest(b"ztoc")
@@ -28,7 +28,7 @@ def test_counts(tmp_path: Path, marks: str, present: int, runs: int) -> None:
     content[HEADER:] = bytes(int(mark) for mark in marks)
     (place / "spans").write_bytes(content)
     here = store.here(LAYER, ZTOC)
-    assert here == Here(len(marks), present, runs)
+    assert here == Here(len(marks), present, runs, present)
     assert here.share == (present / len(marks) if marks else 1.0)
 
 
@@ -41,3 +41,16 @@ def test_a_map_that_is_not_to_be_trusted_is_none(tmp_path: Path) -> None:
     for content in (b"", b"x" * 100, new_map(4, "0" * 36)):
         (place / "spans").write_bytes(content)
         assert store.here(LAYER, ZTOC) is None
+
+
+def test_spans_that_nobody_wanted_are_no_need(tmp_path: Path) -> None:
+    """What was filled in the background is here, but tells nothing of what launches need."""
+    store = LayerStore(tmp_path)
+    place = store.directory(LAYER, ZTOC)
+    place.mkdir(parents=True)
+    content = bytearray(new_map(8, boot_id()))
+    content[HEADER:] = bytes([NEEDED, AHEAD, FILLED, FILLED, NEEDED, 0, AHEAD, FILLED])
+    (place / "spans").write_bytes(content)
+    here = store.here(LAYER, ZTOC)
+    assert here == Here(8, 4, 3, 7)
+    assert (here.share, here.share_here) == (4 / 8, 7 / 8)

@@ -213,6 +213,15 @@ def test_a_short_file_is_no_wrong_byte(cache: LayerStore, made: Made) -> None:
         reader.pread(1, 0)
 
 
+def test_a_file_cut_short_is_mended(cache: LayerStore, made: Made) -> None:
+    """Who opens the layer next finds the spans behind the cut absent."""
+    place = prepare(cache, made)
+    fill(cache, made, 0, 5)
+    os.truncate(place / "layer.tar", 200_000)
+    assert present(cache, made) == [0]
+    assert (place / "layer.tar").stat().st_size == made.ztoc.uncompressed_size
+
+
 @pytest.mark.parametrize("change", [1, -1])
 def test_bytes_of_another_length_are_refused(cache: LayerStore, made: Made, change: int) -> None:
     """They would run into the next span or leave a hole."""
@@ -334,3 +343,44 @@ def test_opening_leaves_no_descriptors(cache: LayerStore, made: Made) -> None:
         with pytest.raises(SociError):
             cache.write(made.layer, made.ztoc_digest)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_reader_of_a_map_that_was_replaced_believes_it_no_more(cache: LayerStore, made: Made) -> None:
+    """What is taken away later is a hole for it too: it finds everything absent, and no byte is wrong."""
+    place = prepare(cache, made)
+    fill(cache, made, 0, 1, 2)
+    key = made.layer, made.ztoc_digest
+    with cache.read(*key) as reader, cache.write(*key) as writer:
+        content = bytearray((place / "spans").read_bytes())
+        with (place / "spans").open("r+b") as file:
+            file.seek(12)
+            file.write((3).to_bytes(4, "little"))  # damage: another count
+        assert len(content) > HEADER + 3
+        assert present(cache, made) == [0, 1, 2]
+        assert reader.missing(range(3)) == [0, 1, 2]
+        assert reader.get(10, 0, range(1)) is None
+        start, end = writer.spans.uncompressed(3)
+        with pytest.raises(Unavailable, match="opened again"):
+            writer.fill(3, made.tar[start:end])
+        assert not writer.current()
+        writer._presence.mark(0)  # by one that was at it just then
+        with pytest.raises(Unavailable, match="opened again"):
+            reader.get(10, 0, range(1))
+
+
+def test_after_another_boot_what_is_not_here_takes_no_room(
+    cache: LayerStore, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of a span that was being filled when the machine went down are given back."""
+    place = prepare(cache, made)
+    fill(cache, made, 1, 2)
+    with cache.read(made.layer, made.ztoc_digest) as reader:
+        start, end = reader.spans.uncompressed(4)
+    before = (place / "layer.tar").stat().st_blocks
+    with (place / "layer.tar").open("r+b") as tar:
+        tar.seek(start)
+        tar.write(b"x" * (end - start - 100))
+    assert (place / "layer.tar").stat().st_blocks > before
+    reboot(monkeypatch)
+    assert present(cache, made) == [1, 2]
+    assert (place / "layer.tar").stat().st_blocks <= before + 16

@@ -21,6 +21,9 @@ from support.notifications import DIGEST, body, event
 TYPE = {"Content-Type": CONTENT_TYPE}
 
 
+LEAST = BuildIndex("").min_layer_size
+
+
 @dataclass
 class Bell:
     """A listener and what it put on the queue."""
@@ -40,9 +43,9 @@ class Bell:
 
 
 @asynccontextmanager
-async def bell(token: str = "", registry: str = "") -> AsyncIterator[Bell]:
+async def bell(token: str = "", registry: str = "", least: int = LEAST) -> AsyncIterator[Bell]:
     it = Bell()
-    async with listening("127.0.0.1:0", token, registry, it.submit) as address:
+    async with listening("127.0.0.1:0", token, registry, it.submit, min_layer_size=least) as address:
         it.url = f"http://{address.host}:{address.port}"
         yield it
 
@@ -54,6 +57,13 @@ async def test_a_push_becomes_a_job() -> None:
         assert (answer.status_code, answer.json()) == (200, {"taken": 1, "ignored": 1})
         (pushed,) = parse_notification(body(event())).pushed
         assert it.jobs == [(pushed.job_id, BuildIndex(f"registry.example:5000/team/app:v1@{DIGEST}", by="webhook"))]
+
+
+async def test_the_configured_least_size_goes_with_the_job() -> None:
+    """It is the indexer's setting, not that of whoever pushed."""
+    async with bell(least=7) as it:
+        await it.ring()
+        assert it.jobs[0][1].min_layer_size == 7
 
 
 async def test_the_configured_registry_is_used() -> None:
@@ -128,7 +138,7 @@ async def test_an_open_listener_wants_a_token() -> None:
     """Whoever rings it makes the indexer work with its credentials: others than this machine need the secret."""
     for address in ("0.0.0.0:0", "[::]:0", "registry.example:0"):
         with pytest.raises(InvalidConfig, match="webhook_token"):
-            async with listening(address, "", "", Bell().submit):
+            async with listening(address, "", "", Bell().submit, min_layer_size=LEAST):
                 pass
 
 
@@ -137,7 +147,7 @@ async def test_a_port_that_is_taken_is_an_error_with_its_name() -> None:
     async with bell() as it:
         taken = it.url.removeprefix("http://")
         with pytest.raises(Unavailable, match=taken):
-            async with listening(taken, "", "", it.submit):
+            async with listening(taken, "", "", it.submit, min_layer_size=LEAST):
                 pass
 
 

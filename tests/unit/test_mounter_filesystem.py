@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Mapping
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from soci.digest import Digest
 from soci.idmap import NO_ID, IdMap
+from soci.span import Spans
 from soci.toc import TocEntry
 from soci.tree import LayerTree, Node
 from soci_mounter import numbers
 from soci_mounter.filesystem import OPAQUE, USER_OPAQUE, FileSystem, Inherited, Manner
+from soci_mounter.state import DIRECTORY, State, line
+from support.mounter_layers import item, make, noise
 
 NOON = "2020-01-01T12:00:00Z"
 ENTRIES = [
@@ -249,3 +254,58 @@ def test_a_manner_changes_owners_and_the_opaque_mark(tmp_path: Path) -> None:
         with pytest.raises(OSError) as info:
             files.getxattr(ino, other)
         assert code(info) == errno.ENODATA
+
+
+async def test_the_hidden_directory(tmp_path: Path) -> None:
+    """Found by its name and in no listing; one file, root's, made anew at each opening; nothing else is in it."""
+    files, content = FileSystem(tmp_path), [b"one", b"two and"]
+    digest = Digest("sha256:" + "a" * 64)
+    members = [*ENTRIES, TocEntry(b".soci-snapshotter", "reg", 9728, 3, mod_time=NOON)]
+    files.show("one", LayerTree.of(members), Source(), {}, state=State(digest, lambda: content[0]))
+    hidden = files.lookup(walk(files, b"one"), DIRECTORY)
+    assert hidden is not None
+    assert (hidden.mode, hidden.uid, hidden.gid) == (stat.S_IFDIR | 0o500, 0, 0)
+    name = f"{digest}.json".encode()
+    assert [entry[0] for entry in files.readdir(files.opendir(hidden.ino), 0)] == [b".", b"..", name]
+    assert files.lookup(hidden.ino, b"other") is None
+    file = files.lookup(hidden.ino, name)
+    assert file is not None
+    assert (file.mode, file.size, files.getattr(file.ino).size) == (stat.S_IFREG | 0o400, 3, 3)
+    handle = files.open(file.ino, os.O_RDONLY)
+    content.pop(0)
+    assert await files.read(handle, 0, 100) == b"one"
+    assert await files.read(files.open(file.ino, os.O_RDONLY), 4, 2) == b"an"
+    for ino in (hidden.ino, file.ino):
+        assert files.listxattr(ino) == []
+        with pytest.raises(OSError, match="No data"):
+            files.getxattr(ino, b"user.a")
+        with pytest.raises(OSError, match="Invalid"):
+            files.readlink(ino)
+    with pytest.raises(OSError, match="Invalid"):
+        files.open(hidden.ino, os.O_RDONLY)
+    with pytest.raises(OSError, match="Not a directory"):
+        files.opendir(file.ino)
+
+
+def test_without_a_state_nothing_is_hidden(files: FileSystem) -> None:
+    """The name is free, and its numbers mean nothing."""
+    root = walk(files, b"one")
+    assert files.lookup(root, DIRECTORY) is None
+    for node in (numbers.STATE, numbers.STATE_FILE):
+        with pytest.raises(OSError, match="Stale"):
+            files.getattr(numbers.inode(numbers.split(root)[0], node))
+
+
+def test_what_the_state_says() -> None:
+    """The reference's keys, how the layer is shown, and the last failure where there was one."""
+    made = make([item("a", noise(300_000))])
+    spans = Spans.of(made.ztoc)
+    said = json.loads(line(made.layer, spans, lambda span: span == 0, "mount_mode is fuse", ""))
+    size = spans.compressed(0)[1] - spans.compressed(0)[0]
+    assert said == {
+        "digest": made.layer, "size": len(made.blob), "fetchedSize": size,
+        "fetchedPercent": round(100 * size / len(made.blob), 1), "mode": "fuse", "why": "mount_mode is fuse",
+    }  # fmt: skip
+    whole = json.loads(line(made.layer, spans, lambda _: True, "", "gone"))
+    assert len(made.blob) - whole["fetchedSize"] < 20  # gzip's own header is in no span
+    assert (whole["fetchedPercent"], whole["error"]) == (100.0, "gone")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from soci.errors import DeadlineExceeded, Mismatch, RegistryUnavailable, SociError, Unavailable
 from soci_mounter import flights as module
-from soci_mounter.flights import AHEAD_FLIGHTS, AHEAD_RUN, MISS, READ_AHEAD, Flights, Want, runs
+from soci_mounter.flights import AHEAD_FLIGHTS, MISS, READ_AHEAD, Flights, Want, runs
 
 
 class Layer:
@@ -198,23 +198,36 @@ async def test_a_defect_of_the_fetching_code_reaches_readers_as_an_error() -> No
             await flights.need(range(1), soon(0.02))
 
 
-async def test_read_ahead_is_bounded_and_joined() -> None:
-    """Read-ahead goes in bounded pieces, at most so many at once, and a reader waits for it instead of asking again."""
+async def test_read_ahead_is_bounded_and_gives_way() -> None:
+    """At most so many asks for read-ahead are under way; who needs one of its spans says so, once, and waits."""
     async with layer_and_flights() as (layer, flights):
         layer.gate.clear()
-        flights.ahead(range(100), soon())
+        begun = [flights.ahead(range(4 * i, 4 * i + 4), soon()) for i in range(AHEAD_FLIGHTS + 2)]
         await asyncio.sleep(0)
-        assert len(layer.wants) == AHEAD_FLIGHTS
-        assert all(want.last - want.first < AHEAD_RUN and want.why == READ_AHEAD for want in layer.wants)
-        reader = asyncio.create_task(flights.need(range(AHEAD_RUN), soon()))
+        assert begun == [True] * AHEAD_FLIGHTS + [False] * 2
+        assert [(want.first, want.last, want.why) for want in layer.wants] == [
+            (4 * i, 4 * i + 3, READ_AHEAD) for i in range(AHEAD_FLIGHTS)
+        ]
+        readers = [asyncio.create_task(flights.need(range(1, 3), soon())) for _ in range(3)]
         await asyncio.sleep(0.01)
+        assert [(want.first, want.last, want.why) for want in layer.wants[AHEAD_FLIGHTS:]] == [(1, 2, MISS)]
+        assert flights.ahead(range(4), soon())  # all of it is under way
         layer.gate.set()
-        await reader
-        assert len(layer.wants) == AHEAD_FLIGHTS
+        await asyncio.gather(*readers)
+        assert len(layer.wants) == AHEAD_FLIGHTS + 1
         await asyncio.sleep(0.01)
-        flights.ahead(range(90, 100), soon())
+        assert flights.ahead(range(90, 100), soon())
         await asyncio.sleep(0.01)
         assert all(layer.here[90:100])
+
+
+async def test_an_ask_says_what_the_file_goes_on_to() -> None:
+    """The spans behind a miss are named in its ask, where it reaches them, and nobody waits for them."""
+    async with layer_and_flights() as (layer, flights):
+        layer.here[4] = True
+        flights.begin(range(2, 8), soon(), None, 5)
+        await flights.need(range(2, 8), soon())
+        assert [(want.first, want.last, want.ahead) for want in layer.wants] == [(2, 3, 0), (5, 7, 5)]
 
 
 async def test_a_failed_read_ahead_is_left_alone_until_somebody_needs_it() -> None:

@@ -15,8 +15,10 @@ import pytest
 
 from soci.errors import AlreadyExists, NotFound, RegistryUnavailable, SociError, Unavailable
 from soci.launch import TraceParent, new_launch_id, new_traceparent
-from soci_bus.asks import FetchSpans, MountLayer
+from soci_bus.asks import FetchSpans, MountLayer, PrepareLayer
 from soci_cache import LayerStore
+from soci_mounter import graduate
+from soci_mounter import mounts as mounts_module
 from soci_mounter.filesystem import FileSystem
 from soci_mounter.mounts import Mounts, News, Place
 from soci_mounter.reader import Seams
@@ -41,7 +43,8 @@ class Rig:
     heard: list[str] = field(default_factory=list)
     fail: SociError | None = None
 
-    async def ask_spans(self, ask: FetchSpans, _seconds: float, _trace: TraceParent | None) -> None:
+    async def ask_spans(self, ask: FetchSpans | PrepareLayer, _seconds: float, _trace: TraceParent | None) -> None:
+        assert isinstance(ask, FetchSpans)
         self.asked.append(ask)
         if self.fail and ask.image == "registry/bad":
             raise self.fail
@@ -173,3 +176,40 @@ async def test_misses_are_filed_under_the_attached_launch(tmp_path: Path, made: 
         assert traces["m1"].launch == second
         await rig.mounts.unmount("m1")
         assert traces == {}
+
+
+async def test_mounts_are_listed_page_by_page(tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each mount once, in the order of names, whatever the size of a page."""
+    monkeypatch.setattr(mounts_module, "PAGE_MOUNTS", 2)
+    async with rigged(tmp_path, made) as rig:
+        for name in ("m3", "m1", "m2"):
+            await rig.mounts.mount(rig.ask(name))
+        first = await rig.mounts.shown()
+        second = await rig.mounts.shown(first.next)
+        assert [one.mount for one in first.layers] == ["m1", "m2"]
+        assert ([one.mount for one in second.layers], second.next) == (["m3"], "")
+        assert [(one.way, one.state, one.spans) for one in second.layers] == [("fuse", "lazy", 1)]
+
+
+async def test_a_proof_that_fails_ends_nothing(tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an image's tar does to the proof of its headers: it is reported once, and the layer is shown as before."""
+    monkeypatch.setattr(mounts_module, "LOOK_SECONDS", 0.0)
+
+    def broken(*_args: object) -> None:
+        raise ZeroDivisionError("odd")
+
+    monkeypatch.setattr(graduate, "walk", broken)
+    async with rigged(tmp_path, made) as rig:
+        await rig.mounts.mount(rig.ask())
+        made.complete(tmp_path / "cache")
+        looking = asyncio.create_task(rig.mounts.look_after())
+        async with asyncio.timeout(20):
+            while len(rig.heard) < 2:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert not looking.done()
+        looking.cancel()
+        await asyncio.wait([looking])
+        assert len(rig.heard) == 2
+        assert "will not be mounted from its file" in rig.heard[1]
+        assert await rig.read("m1") == b"content"

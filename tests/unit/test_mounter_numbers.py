@@ -33,3 +33,10 @@ def test_slots_are_never_handed_out_twice(monkeypatch: pytest.MonkeyPatch) -> No
     assert [slots.take() for _ in range(3)] == [1, 2, 3]
     with pytest.raises(LimitExceeded):
         slots.take()
+
+
+def test_numbers_in_little_memory() -> None:
+    """Four bytes each where all fit, else eight; the values stay."""
+    for values, size in (([], 4), ([0, 2**32 - 1], 4), ([1, 2**32], 8), ([-1, 1], 8)):
+        made = numbers.compact(values)
+        assert (list(made), made.itemsize) == (values, size)

@@ -16,11 +16,12 @@ import pytest
 from soci.errors import Mismatch, RegistryUnavailable, SociError
 from soci.launch import new_traceparent
 from soci.tree import LayerTree
-from soci_cache import LayerStore
+from soci_cache import LayerStore, locks
+from soci_cache.evict import take_away
 from soci_mounter import reader as module
 from soci_mounter.flights import MISS, READ_AHEAD, Want
 from soci_mounter.headers import Headers
-from soci_mounter.reader import FileHandle, LayerContent, Miss, Seams
+from soci_mounter.reader import NEVER, Failed, FileHandle, LayerContent, Miss, Seams, patience
 from support.mounter_layers import Made, item, make, noise
 
 LARGE = noise(3_000_000, 5)
@@ -47,7 +48,17 @@ class Rig:
         await asyncio.sleep(0)
         if self.fail:
             raise self.fail
-        self.made.fill(self.cache, range(want.first, want.last + 1))
+        last = min(want.last + want.ahead, self.content.reader.spans.count - 1)
+        self.made.fill(self.cache, self.content.reader.missing(range(want.first, last + 1)))
+
+    @property
+    def ahead(self) -> list[tuple[int, int]]:
+        """First and last spans that were asked for without a reader who waits, of miss and read-ahead alike."""
+        return [
+            (want.last + 1, want.last + want.ahead) if want.why == MISS else (want.first, want.last)
+            for want in self.wants
+            if want.why == READ_AHEAD or want.ahead
+        ]
 
     def open(self, name: bytes) -> FileHandle:
         tree = LayerTree.of(self.made.ztoc.entries)
@@ -95,32 +106,62 @@ async def test_a_miss_is_told_and_a_hit_is_not(made: Made, tmp_path: Path) -> No
         assert all(want.trace == trace for want in rig.wants)
 
 
-async def test_the_missed_spans_are_asked_for_first_and_alone(made: Made, tmp_path: Path) -> None:
-    """What the reader waits for is not lengthened by read-ahead, which comes as asks of its own and ends with the file."""
-    async with rigged(made, tmp_path, headers=False) as rig:
+@pytest.fixture
+def large_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of the test counts as a large one, and little is read ahead."""
+    monkeypatch.setattr(module, "SMALL_FILE", 1000)
+    monkeypatch.setattr(module, "LEAST_STRETCH", 100_000)
+    monkeypatch.setattr(module, "SURE_STRETCH", 800_000)
+    monkeypatch.setattr(module, "SLACK", 100_000)
+
+
+async def test_a_small_file_comes_whole(made: Made, tmp_path: Path) -> None:
+    """Its first miss asks for all of it, header included, in one ask, of which the reader waits for his part."""
+    async with rigged(made, tmp_path) as rig:
         file = rig.open(b"large")
         await file.read(1_000_000, 10)
-        spans = rig.content.covering(file.node.data_offset + 1_000_000, 10)
-        assert (rig.wants[0].first, rig.wants[0].last, rig.wants[0].why) == (spans[0], spans[-1], MISS)
-        ahead = [want for want in rig.wants if want.why == READ_AHEAD]
-        assert [(want.first, want.last) for want in ahead] == [(spans[-1] + 1, spans[-1] + module.FIRST_WINDOW)]
+        at = file.node.data_offset
+        first, last = rig.content.covering(at - 512, 1)[0], rig.content.covering(at + len(LARGE) - 1, 1)[-1]
+        spans = rig.content.covering(at + 1_000_000, 10)
+        asked = [(want.first, want.last, want.why) for want in rig.wants]
+        assert asked == [(first, first, MISS), (spans[0], spans[-1], MISS)]
+        assert rig.wants[1].ahead == last - spans[-1]
         await file.read(len(LARGE) - 10, 10)
-        assert (
-            max(want.last for want in rig.wants) == rig.content.covering(file.node.data_offset + len(LARGE) - 1, 1)[-1]
-        )
+        assert len(rig.wants) == 2
 
 
+@pytest.mark.usefixtures("large_files")
+async def test_reading_here_and_there_fetches_nothing_ahead(made: Made, tmp_path: Path) -> None:
+    """Of a large file only what is read comes, and in its neighbourhood the next two spans."""
+    async with rigged(made, tmp_path, headers=False) as rig:
+        file = rig.open(b"large")
+        for offset in (2_500_000, 1_000_000, 1_750_000):
+            await file.read(offset, 10)
+        spans = [rig.content.covering(file.node.data_offset + at, 10) for at in (2_500_000, 1_000_000, 1_750_000)]
+        assert [(want.first, want.last, want.ahead) for want in rig.wants] == [(one[0], one[-1], 0) for one in spans]
+        await file.read(1_750_000 - 70_000, 10)  # the span before
+        assert rig.wants[-1].ahead == 0
+        await file.read(1_750_000 + 140_000, 10)  # two behind
+        assert rig.wants[-1].ahead == 2
+
+
+@pytest.mark.usefixtures("large_files")
 async def test_reading_in_order_widens_the_read_ahead(made: Made, tmp_path: Path) -> None:
-    """A file read from start to end soon finds its spans here before it needs them."""
+    """A file read from start to end soon finds its spans here before it needs them, none asked for twice."""
     async with rigged(made, tmp_path) as rig:
         file = rig.open(b"large")
         for offset in range(0, len(LARGE), 100_000):
             assert await file.read(offset, 100_000) == LARGE[offset : offset + 100_000]
             await asyncio.sleep(0.001)
-        spans = [span for want in rig.wants for span in range(want.first, want.last + 1)]
+        spans = [span for want in rig.wants for span in range(want.first, want.last + 1 + want.ahead)]
         assert len(spans) == len(set(spans))
         assert len(rig.missed) < 6
-        assert any(want.last - want.first > module.FIRST_WINDOW for want in rig.wants)
+        sizes = [last - first + 1 for first, last in rig.ahead]
+        assert max(sizes) > 8
+        assert sizes[0] <= 2
+        end = rig.content.covering(file.node.data_offset + len(LARGE) - 1, 1)[-1]
+        assert max(last for _, last in rig.ahead) == end
+        assert len(rig.wants) < len(spans) / 3
 
 
 async def test_a_wrong_header_is_refused_until_it_is_right(made: Made, tmp_path: Path) -> None:
@@ -150,18 +191,49 @@ async def test_headers_are_looked_at_once_a_file(made: Made, tmp_path: Path, mon
         assert len(checked) == 1
 
 
-async def test_a_read_repeated_after_its_deadline_is_short_and_healing_ends_it(made: Made, tmp_path: Path) -> None:
-    """The kernel's second try of a failed read does not double the deadline, and it succeeds if the cause is gone."""
-    async with rigged(made, tmp_path, deadline=30.0) as rig:
+ONCE = Failed(0, 8, 100.0)
+TWICE = replace(ONCE, twice=True)
+
+
+@pytest.mark.parametrize(
+    ("failed", "offset", "now", "seconds"),
+    [
+        (NEVER, 0, 100.5, 30.0),
+        (ONCE, 0, 100.5, module.LAST_CHANCE),
+        (ONCE, 7, 100.5, module.LAST_CHANCE),
+        (ONCE, 8, 100.5, 30.0),
+        (ONCE, 0, 101.5, 30.0),
+        (TWICE, 4, 100.5, module.NO_CHANCE),
+        (TWICE, 8, 100.5, 30.0),
+        (TWICE, 4, 101.5, 30.0),
+    ],
+)
+def test_the_kernel_asking_again_does_not_double_the_deadline(
+    failed: Failed, offset: int, now: float, seconds: float
+) -> None:
+    """Once more for a range that failed is short, what follows shorter, all of it for a second only."""
+    assert patience(failed, offset, 1, now, 30.0) == seconds
+
+
+def test_what_is_known_of_a_failed_read() -> None:
+    """A repetition that fails keeps the range; further ones do not make the second longer; another place begins anew."""
+    assert NEVER.again(0, 8, 100.0) == ONCE
+    assert ONCE.again(0, 1, 100.5) == Failed(0, 8, 100.5, twice=True)
+    assert TWICE.again(3, 1, 100.9) is TWICE
+    assert TWICE.again(8, 1, 100.9) == Failed(8, 9, 100.9)
+    assert TWICE.again(3, 1, 101.1) == Failed(3, 4, 101.1)
+
+
+async def test_a_read_after_a_failed_one_succeeds_once_the_cause_is_gone(made: Made, tmp_path: Path) -> None:
+    """What is remembered of a failure is how long to wait for a repetition, and nothing else."""
+    async with rigged(made, tmp_path, deadline=0.2) as rig:
         rig.fail = RegistryUnavailable("away")
         file = rig.open(b"small")
-        now = asyncio.get_running_loop().time()
-        assert file._patience(0, 5, now) == 30.0
-        file._failed = (0, 5, now)
-        assert file._patience(4, 1, now) == module.LAST_CHANCE
-        assert file._patience(5, 1, now) == 30.0
-        assert file._patience(0, 1, now + module.REPEAT + 0.1) == 30.0
+        for _ in range(3):
+            with pytest.raises(SociError):
+                await file.read(0, 5)
         rig.fail = None
+        await asyncio.sleep(module.REPEAT)
         assert await file.read(0, 5) == b"small"
 
 
@@ -181,21 +253,18 @@ async def test_bytes_read_while_their_span_is_evicted_are_not_believed(made: Mad
         file = rig.open(b"small")
         assert await file.read(0, 5) == b"small"
         reader = rig.content.reader
+        read = reader.pread
         evicted: list[int] = []
 
-        class Evicting:
-            def __getattr__(self, name: str) -> object:
-                return getattr(reader, name)
-
-            def pread(self, length: int, offset: int) -> bytes:
-                if evicted:
-                    return reader.pread(length, offset)
+        def evicting(length: int, offset: int) -> bytes:
+            if not evicted:
                 evicted.append(offset)
-                with LayerStore(tmp_path).write(made.layer, made.ztoc_digest) as writer:
-                    writer._presence.clear(0)
-                return bytes(length)
+                with locks.folder(reader.directory):
+                    take_away(reader.directory, reader.spans, [0])
+                assert read(length, offset) == bytes(length)
+            return read(length, offset)
 
-        rig.content.reader = Evicting()  # type: ignore[assignment]
+        reader.pread = evicting  # type: ignore[method-assign]
         wants = len(rig.wants)
         assert await file.read(0, 5) == b"small"
         assert len(rig.wants) == wants + 1

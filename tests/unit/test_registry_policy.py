@@ -13,7 +13,15 @@ from soci.errors import Mismatch, NotFound, RegistryUnavailable, Unauthorized
 from soci_registry import RegistrySettings
 from soci_registry.challenge import Challenge, asks_for_credentials, choose, parse_challenges, target_expired
 from soci_registry.failure import Kind, TryError, final_error
-from soci_registry.policy import GiveUp, Wait, decide, parse_retry_after, wait_of
+from soci_registry.policy import (
+    TOO_MANY_SECONDS,
+    GiveUp,
+    Wait,
+    common_pause,
+    decide,
+    parse_retry_after,
+    wait_of,
+)
 from soci_registry.ranges import ContentRange, Heads, parse_content_range, resume_for, skip_for
 
 RETRY = RegistrySettings().retry
@@ -98,6 +106,23 @@ def test_retry_after_takes_any_text(value: str) -> None:
 def test_retry_after_date_is_relative_to_now() -> None:
     """A date counts from the clock that is given."""
     assert parse_retry_after(503, "Thu, 01 Jan 2026 00:00:30 GMT", NOW + timedelta(seconds=20)) == 10.0
+
+
+@pytest.mark.parametrize(
+    ("code", "after", "seconds"),
+    [
+        (429, 7.0, 7.0),
+        (503, 7.0, 7.0),
+        (429, 500.0, 60.0),
+        (429, None, TOO_MANY_SECONDS),
+        (503, None, 0.0),
+        (0, None, 0.0),
+    ],
+)
+def test_how_long_all_leave_a_host_alone(code: int, after: float | None, seconds: float) -> None:
+    """As long as it asks for, up to the limit; a moment after 429 without a word of that; else not at all."""
+    failure = TryError(Kind.STATUS if code else Kind.CONNECT, "", status=code, retry_after=after)
+    assert common_pause(failure, 60.0) == seconds
 
 
 @pytest.mark.parametrize(

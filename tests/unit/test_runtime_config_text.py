@@ -65,6 +65,9 @@ def as_set(config: Config) -> Config:
         max_downloads=-1,
         max_unpacks=-1,
         kubelet_credential_bin_dir="/plugins",
+        peer_secret_file="/secret",
+        peer_tls_cert="/cert",
+        peer_tls_key="/key",
         cri_image_service=f"/other{config.cri_image_service}",
         resolver_hosts=tuple((h, tuple(one for one in m if "@" not in one.host)) for h, m in config.resolver_hosts),
     )

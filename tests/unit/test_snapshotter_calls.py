@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import io
+import json
 import tarfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from soci_bus.memory import MemoryBus
 from soci_cache import LayerStore
 from soci_cache.arriving import COMPLETE, ArrivingWriter
 from soci_runtime.flights import Flights
+from soci_runtime.logs import configure_logs
 from soci_snapshotter import directories
 from soci_snapshotter import labels as names
 from soci_snapshotter import snapshots as module
@@ -293,6 +295,61 @@ async def test_missing_labels(node: Node) -> None:
     assert await node.kinds() == {KEY: "active"}
 
 
+@pytest.mark.parametrize(
+    ("case", "row", "also"),
+    [
+        ("lazy", {"remote-snapshot-prepared": "true"}, []),
+        ("fails", {"local-snapshot-prepared": "true", "error": "told to fail"}, []),
+        ("sparse", {"local-snapshot-prepared": "true"}, [{"layerDigest": LAYER, "image": "docker.io/library/redis:7"}]),
+        ("no index", {"defer-snapshot-runtime": "true", "error": "none was pushed"}, []),
+        ("no labels", {"defer-snapshot-runtime": "true"}, []),
+    ],
+)
+async def test_what_the_log_says(
+    node: Node, capsys: pytest.CaptureFixture[str], case: str, row: dict[str, str], also: list[dict[str, str]]
+) -> None:
+    """The reference's rows: key and parent, how the layer was prepared, and the error where that failed; by what the
+    index was chosen, at debug; layers that it leaves out."""
+    configure_logs("debug", "test")
+    node.blob, node.diff_id = layer_blob(hello=b"world")
+    if case == "fails":
+        node.hook = told_to_fail
+    elif case == "sparse":
+        node.index = asks.IndexFound(INDEX, "explicit", ())
+    elif case == "no index":
+        node.index = NoIndex("none was pushed")
+    with suppress(AlreadyExists):
+        await node.snapshots.prepare(KEY, "", WANTED if case != "no labels" else {names.REF: CHAIN}, "")
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (layer,) = [one for one in told if one["msg"] == "layer"]
+    assert (layer["level"], layer["key"], layer["parent"]) == ("info", KEY, "")
+    assert layer["remote-snapshot-prepared"] == ("true" if case == "lazy" else "false")
+    assert {key: layer[key] for key in row} == row
+    assert ("error" in layer) == (case in {"fails", "no index", "no labels"})
+    chosen = [one for one in told if "SOCI index" in one["msg"] and one["level"] == "debug"]
+    assert len(chosen) == (0 if case == "no labels" else 1)
+    assert [{key: one[key] for key in ("layerDigest", "image")} for one in told if "layerDigest" in one] == also
+
+
+async def test_a_call_that_fails_is_told(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its key, its parent and the error, at warning; one that says that the layer is here is no failure."""
+    configure_logs("warning", "test")
+    await node.pull()
+    with pytest.raises(AlreadyExists):
+        await node.snapshots.prepare(KEY, "", WANTED, "")
+    with pytest.raises(NotFound):
+        await node.snapshots.prepare("default/7/x", "absent", {**WANTED, names.REF: "sha256:" + "d" * 64}, "")
+    (told,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (told["key"], told["parent"], told["remote-snapshot-prepared"]) == ("default/7/x", "absent", "false")
+    assert "absent" in told["error"]
+
+
+async def told_to_fail(verb: str) -> None:
+    """A mounter that shows nothing."""
+    if verb == asks.MountLayer.verb:
+        raise errors.InvalidZtoc("told to fail")
+
+
 async def test_a_whole_layer(node: Node) -> None:
     """A layer that the index leaves out is downloaded, checked, unpacked and committed as a local one."""
     node.index = asks.IndexFound(INDEX, "explicit", ())
@@ -310,12 +367,7 @@ async def test_a_whole_layer(node: Node) -> None:
 async def test_a_lazy_attempt_that_fails(node: Node) -> None:
     """Where the mounter does not show the layer, it is unpacked; its half-made mount is freed with the snapshot."""
     node.blob, node.diff_id = layer_blob(hello=b"world")
-
-    async def hook(verb: str) -> None:
-        if verb == asks.MountLayer.verb:
-            raise errors.InvalidZtoc("told to fail")
-
-    node.hook = hook
+    node.hook = told_to_fail
     await node.pull()
     (mode,) = node.events(ModeChosen)
     assert mode.mode == "whole"
@@ -563,6 +615,21 @@ async def test_cleanup_without_the_mounter(node: Node) -> None:
     await node.snapshots.cleanup()
     assert not lazy.exists()
     assert node.shown == {}
+
+
+async def test_cleanup_tells_of_lazy_layers_that_went(node: Node) -> None:
+    """The word goes out once what showed them is gone, and not for local directories."""
+    told: list[set[str]] = []
+    node.snapshots._freed = lambda: told.append(set(node.shown))
+    await node.pull()
+    await node.snapshots.prepare("k", "", {}, "")
+    await node.snapshots.cleanup()
+    await node.snapshots.remove("k")
+    await node.snapshots.cleanup()
+    assert told == []
+    await node.snapshots.remove(CHAIN)
+    await node.snapshots.cleanup()
+    assert told == [set()]
 
 
 async def test_remove_during_prepare(node: Node) -> None:

@@ -38,6 +38,27 @@ def test_what_is_here_costs_nothing_but_the_mount() -> None:
     assert costs(100 * MB, GIGABIT, Need(0.4, 9), here=0.4).lazy == pytest.approx(MOUNT_SECONDS)
 
 
+@pytest.mark.parametrize(
+    ("size", "need", "table", "waited"),
+    [
+        (48.8 * MB, Need(10 / 29, 4), 2.16 * MB, 1.25),
+        (16.5 * MB, Need(10 / 12, 1), 0.74 * MB, 1.16),
+        (156.6 * MB, Need(25 / 126, 6), 6.79 * MB, 2.8),
+    ],
+)
+def test_a_launch_that_was_measured(size: float, need: Need, table: float, waited: float) -> None:
+    """What the layers of the demo's image waited for at 200 Mbit/s and 20 ms is what the estimate says, within a
+    quarter."""
+    assert costs(int(size), Link(25e6, 0.02), need, table=int(table)).lazy == pytest.approx(waited, rel=0.25)
+
+
+def test_a_table_of_contents_has_to_come_too() -> None:
+    """As long as it is not here."""
+    without, with_table = (costs(50 * MB, GIGABIT, None, table=table) for table in (0, 5 * MB))
+    assert with_table.lazy - without.lazy == pytest.approx(5 * MB / GIGABIT.bytes_per_second)
+    assert with_table.whole == without.whole
+
+
 def test_an_unseen_link_is_the_usual_one() -> None:
     """Where nothing was seen yet, the named constants are used."""
     assert costs(5 * MB, None, None) == costs(5 * MB, USUAL_LINK, None)

@@ -39,7 +39,7 @@ CONFIG = asks.ImageConfig(LAYERS, (OCI_LAYER_GZIP,) * 5, LAYERS, (BIG, BIG, SMAL
 
 
 def labels(layer: int = 0) -> RemoteLabels:
-    return RemoteLabels("r:5000/image:1", MANIFEST, LAYERS[layer], None, None)
+    return RemoteLabels("r:5000/image:1", MANIFEST, LAYERS[layer], None, None, "k8s.io")
 
 
 @dataclass
@@ -73,7 +73,17 @@ class World:
             clock=lambda: self.now,
         )
 
-    def begin(self, _image: str, _manifest: Digest, wanted: Sequence[WantedLayer], _trace: TraceParent | None) -> None:
+    def begin(
+        self,
+        image: str,
+        manifest: Digest,
+        wanted: Sequence[WantedLayer],
+        trace: TraceParent | None = None,
+        *,
+        namespace: str = "",
+    ) -> None:
+        assert (image, manifest, namespace) == ("r:5000/image:1", MANIFEST, "k8s.io")
+        assert trace == TRACE
         self.begun += [one.layer for one in wanted]
 
     async def serve(self) -> None:
@@ -98,7 +108,7 @@ class World:
     async def mode(self, layer: int = 0) -> Any:
         assert TRACE
         ends = asyncio.get_running_loop().time() + 5.0
-        _, facts = await self.images.facts(labels(layer), TRACE, ends)
+        _, facts = await self.images.facts(labels(layer), TRACE, ends, below=layer)
         await asyncio.sleep(0.01)  # what was begun ahead begins
         return choose(facts, self.rules)
 
@@ -137,6 +147,51 @@ async def test_layers_below_are_left_alone(world: World) -> None:
     """containerd begins at the first layer it has not: nothing below that is brought."""
     await world.mode(3)
     assert world.begun == [LAYERS[3]]
+
+
+@pytest.mark.asyncio
+async def test_a_second_pull_is_looked_ahead_for_again(world: World) -> None:
+    """An image that was removed and is pulled again soon comes as quickly as before; nothing below is brought."""
+    for layer in range(5):
+        await world.mode(layer)
+    world.begun.clear()
+    world.prepared.clear()
+    await world.mode(0)
+    await world.mode(1)
+    assert world.begun == [LAYERS[1], LAYERS[2], LAYERS[3]]
+    assert [ask.layer for ask in world.prepared] == [LAYERS[4]]
+
+
+@pytest.mark.asyncio
+async def test_a_long_pull_brings_nothing_twice(world: World) -> None:
+    """When what is known of the image is asked anew in the middle, layers below are not begun again, though the same
+    blob lies there, too."""
+    twice = (LAYERS[1], LAYERS[2], LAYERS[1], LAYERS[3])
+    types, sizes = (OCI_LAYER_GZIP,) * 4, (BIG,) * 4
+    world.index, world.config = asks.IndexFound(INDEX, "explicit", ()), asks.ImageConfig(twice, types, twice, sizes)
+    assert TRACE
+    ends = asyncio.get_running_loop().time() + 5.0
+    await world.images.facts(labels(1), TRACE, ends, below=0)
+    assert world.begun == list(twice)
+    world.begun.clear()
+    world.now += IMAGE_TTL + 1
+    await world.images.facts(labels(1), TRACE, ends, below=2)
+    assert world.begun == [LAYERS[1], LAYERS[3]]
+
+
+@pytest.mark.asyncio
+async def test_each_layer_is_looked_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache's maps and the history are not read a second time for the layer that is called for."""
+    looked: list[Digest] = []
+    need = world.history.need
+
+    def counted(layer: Digest) -> Need | None:
+        looked.append(layer)
+        return need(layer)
+
+    monkeypatch.setattr(world.history, "need", counted)
+    await world.mode()
+    assert sorted(looked) == sorted(LAYERS[at] for at in (0, 2, 4))
 
 
 @pytest.mark.asyncio
@@ -202,7 +257,7 @@ async def test_links_are_remembered(world: World) -> None:
     world.index, world.images = FOUND, world.made()
     ends = asyncio.get_running_loop().time() + 5.0
     assert TRACE
-    image, facts = await world.images.facts(labels(), TRACE, ends)
+    image, facts = await world.images.facts(labels(), TRACE, ends, below=0)
     assert image.link == facts.link == Link(5e6, 0.03)
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from soci.digest import sha256_digest
 from soci.errors import SociError
+from soci_cache import LayerStore
 from soci_snapshotter import records
-from soci_snapshotter.labels import HAS_INDEX, REMOTE
+from soci_snapshotter.labels import HAS_INDEX, REMOTE, ZTOC
 from soci_snapshotter.records import listed, logged, mode_of, rebuilt
 from soci_snapshotter.state import Kind, Snapshot
 from soci_snapshotter.store import SnapshotStore
@@ -51,11 +53,11 @@ def test_modes(kind: Kind, labels: dict[str, str], mode: str) -> None:
     assert mode_of(Snapshot(1, "s", kind, "", labels, 1, 1)) == mode
 
 
-def test_lines(store: SnapshotStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines(store: SnapshotStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Snapshots with their mode; events in order, all or the last ones, of all or of who ever had a name."""
     monkeypatch.setattr(records, "BATCH", 1)
-    (only,) = listed(store)
-    assert (only["name"], only["mode"], only["size"], only["id"]) == ("n", "lazy", 5, 1)
+    (only,) = listed(store, tmp_path / "cache")
+    assert (only["name"], only["mode"], only["size"], only["id"]) == ("n", "lazy", 0, 1)
     assert [(one["seq"], one["id"], one["what"]) for one in logged(store, "", None)] == [
         (1, 1, "prepared"),
         (2, 1, "committed"),
@@ -66,6 +68,23 @@ def test_lines(store: SnapshotStore, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one["seq"] for one in logged(store, "n", None)] == [1, 2]
     assert [one["seq"] for one in logged(store, "k", None)] == [1, 2, 3, 4]
     assert list(logged(store, "nobody", None)) == []
+
+
+def test_sizes(store: SnapshotStore, tmp_path: Path) -> None:
+    """Of a lazy layer what the cache holds now; of the others as it was at the commit."""
+    layer, ztoc = sha256_digest(b"layer"), sha256_digest(b"ztoc")
+    cri = {f"containerd.io/snapshot/cri.{name}": str(layer) for name in ("manifest-digest", "layer-digest")}
+    lazy = {REMOTE: "yes", ZTOC: str(ztoc), "containerd.io/snapshot/cri.image-ref": "r/i:1", **cri}
+    for name, labels in (("lazy", lazy), ("whole", {HAS_INDEX: "true"})):
+        store.prepare("k", "", "active", {}, nothing)
+        store.commit(name, "k", labels, size=5, inodes=1)
+    place = LayerStore(tmp_path / "cache").directory(layer, ztoc)
+    place.mkdir(parents=True)
+    (place / "layer.tar").write_bytes(b"x" * 300_000)
+    sizes = {one["name"]: (one["size"], one["inodes"]) for one in listed(store, tmp_path / "cache")}
+    assert sizes["whole"] == (5, 1)
+    assert sizes["lazy"][0] >= 300_000
+    assert sizes["lazy"][1] == 2
 
 
 def test_a_rebuild_tells(store: SnapshotStore) -> None:

@@ -15,6 +15,7 @@ class Seen:
     method: str
     path: str
     headers: Mapping[str, str]
+    query: str = ""
 
     @property
     def range(self) -> str:
@@ -75,7 +76,34 @@ class IgnoreRange:
     """Answer 200 with the whole blob though a range was asked for, as some registries do."""
 
 
-Fault = Status | Drop | Short | Corrupt | Stall | Delay | IgnoreRange
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """Send a sound answer at ``rate`` bytes a second, a twentieth of a second's worth at a time."""
+
+    rate: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShiftRange:
+    """Answer a request for a range with the range ``by`` bytes further on, and say so in ``Content-Range``."""
+
+    by: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """Send these bytes in place of an answer, then close the connection: in order, or with a reset."""
+
+    content: bytes
+    reset: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Endless:
+    """Answer with the registry's status and headers but without a length, its body again and again for ever."""
+
+
+Fault = Status | Drop | Short | Corrupt | Stall | Delay | IgnoreRange | Slow | ShiftRange | Raw | Endless
 Hook = Callable[[Seen], Fault | None]
 
 

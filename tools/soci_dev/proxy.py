@@ -8,6 +8,9 @@ as it came, so that the registry's ``Location`` headers lead back through the pr
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
+import struct
 import threading
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +23,22 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from soci.errors import DeadlineExceeded
-from soci_dev.faults import Corrupt, Delay, Drop, Fault, Hook, IgnoreRange, Seen, Short, Stall, Status
+from soci_dev.faults import (
+    Corrupt,
+    Delay,
+    Drop,
+    Endless,
+    Fault,
+    Hook,
+    IgnoreRange,
+    Raw,
+    Seen,
+    ShiftRange,
+    Short,
+    Slow,
+    Stall,
+    Status,
+)
 
 CHUNK: Final = 256 * 1024
 """Bytes moved at a time; also the read buffer of a connection."""
@@ -28,6 +46,9 @@ CHUNK: Final = 256 * 1024
 MAX_CONNECTIONS: Final = 256
 START_LIMIT_S: Final = 10.0
 UPSTREAM_LIMIT_S: Final = 600.0
+_SLOW_STEPS: Final = 20
+"""Pieces of a slow body in each second."""
+_RAW_POLL_S: Final = 0.005
 _HOP_BY_HOP: Final = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade"}
 )  # RFC 9110 §7.6.1
@@ -194,10 +215,13 @@ class Proxy:
         number = self._tally.begin(request.method, path)
         try:
             headers = {name.lower(): value for name, value in request.headers.items()}
-            fault = self.hook(Seen(number, request.method, path, headers)) if self.hook else None
+            seen = Seen(number, request.method, path, headers, request.rel_url.raw_query_string)
+            fault = self.hook(seen) if self.hook else None
             await asyncio.sleep(self.rtt_s + (fault.seconds if isinstance(fault, Delay) else 0.0))
             if isinstance(fault, Drop):
                 return _cut(request)
+            if isinstance(fault, Raw):
+                return await _send_raw(request, fault)
             if isinstance(fault, Status):
                 self._tally.sent(path, len(fault.body))
                 return web.Response(status=fault.code, headers=fault.headers, body=fault.body)
@@ -211,6 +235,8 @@ class Proxy:
         skip = _HOP_BY_HOP | ({"range"} if isinstance(fault, IgnoreRange) else set())
         headers = CIMultiDict((name, value) for name, value in request.headers.items() if name.lower() not in skip)
         headers.setdefault("Accept-Encoding", "identity")
+        if isinstance(fault, ShiftRange) and "Range" in headers:
+            headers["Range"] = re.sub(r"\d+", lambda number: str(int(number[0]) + fault.by), headers["Range"])
         url = f"http://{self.upstream}{request.rel_url.raw_path_qs}"
         body = self._upload(request) if request.can_read_body else None
         try:
@@ -227,12 +253,18 @@ class Proxy:
         self, request: web.Request, upstream: aiohttp.ClientResponse, path: str, fault: Fault | None
     ) -> web.StreamResponse:
         response = web.StreamResponse(status=upstream.status, reason=upstream.reason)
+        skip = _HOP_BY_HOP | ({"content-length"} if isinstance(fault, Endless) else set())
         for name, value in upstream.headers.items():
-            if name.lower() not in _HOP_BY_HOP:
+            if name.lower() not in skip:
                 response.headers.add(name, value)
         await response.prepare(request)
+        if isinstance(fault, Endless):
+            await self._send_for_ever(response, await upstream.content.read(CHUNK), path)
+        size = max(1, fault.rate // _SLOW_STEPS) if isinstance(fault, Slow) else CHUNK
         offset = 0
-        async for chunk in upstream.content.iter_chunked(CHUNK):
+        async for chunk in upstream.content.iter_chunked(size):
+            if isinstance(fault, Slow):
+                await asyncio.sleep(1 / _SLOW_STEPS)
             piece, ended = _spoil(chunk, offset, fault)
             await self._wait_for_turn(len(piece))
             await response.write(piece)
@@ -244,6 +276,13 @@ class Proxy:
                 return _cut(request)
         await response.write_eof()
         return response
+
+    async def _send_for_ever(self, response: web.StreamResponse, body: bytes, path: str) -> None:
+        """Ends with the connection, whose client has to have enough of it."""
+        while True:
+            await response.write(body)
+            self._tally.sent(path, len(body))
+            await asyncio.sleep(0)
 
     async def _upload(self, request: web.Request) -> AsyncIterator[bytes]:
         async for chunk in request.content.iter_chunked(CHUNK):
@@ -275,3 +314,17 @@ def _cut(request: web.Request) -> web.StreamResponse:
     if request.transport is not None:
         request.transport.abort()
     return web.Response(status=500)
+
+
+async def _send_raw(request: web.Request, fault: Raw) -> web.StreamResponse:
+    """Write past the server what is no answer, or half of one."""
+    transport = request.transport
+    if transport is None:
+        return _cut(request)
+    transport.write(fault.content)
+    while transport.get_write_buffer_size() and not transport.is_closing():
+        await asyncio.sleep(_RAW_POLL_S)
+    if fault.reset:  # to linger for no time is to reset (socket(7))
+        link = transport.get_extra_info("socket")
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return _cut(request)

@@ -38,7 +38,7 @@ from soci_dev.processes import STOP_GRACE_S, Daemon, end_recorded, free_port, ru
 from soci_dev.tools import find, search_path
 
 SERVICES: Final = ("mounter", "fetcher", "indexer", "snapshotter")
-"""Our services, in the order in which they start."""
+"""Our services, in the order in which they start; with the mounter comes its holder."""
 
 NATS_LIMIT_S: Final = 20.0
 REGISTRY_LIMIT_S: Final = 20.0
@@ -53,7 +53,7 @@ MAX_FETCHERS: Final = 16
 _CTR_TIMEOUT_S: Final = 300.0
 _PROBE_TIMEOUT_S: Final = 2.0
 _NO_STATE_ON: Final = frozenset({"overlay", "fuse.fuse-overlayfs", "aufs"})
-_MODULES: Final = {service: f"soci_{service}" for service in SERVICES}
+_MODULES: Final = {service: f"soci_{service}" for service in SERVICES} | {"holder": "soci_mounter.holder"}
 
 
 class Stack:
@@ -203,7 +203,7 @@ class Stack:
     def soci_command(self, *words: str) -> list[str]:
         """The command line of our own ``soci`` against this stack."""
         flags = ["--address", str(self.containerd_address), "--namespace", self.namespace]
-        flags += ["--nats-url", self.nats_url, "--node", self.node]
+        flags += ["--nats-url", self.nats_url, "--node", self.node, "--root", str(self.root)]
         return [sys.executable, "-m", "soci_cli", *flags, *words]
 
     def soci(
@@ -243,6 +243,8 @@ class Stack:
         self._plan_nats()
         for number in range(registries):
             self._plan_registry(number)
+        if "mounter" in services:  # before it: what it finds decides how it shows layers
+            self._plan_service("holder", "holder")
         self._start_together(list(self._starters))
         ours = []
         for service in services:

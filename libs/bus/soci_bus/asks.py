@@ -81,6 +81,7 @@ class PrepareLayer(Ask[LayerPrepared]):
     layer_size: int | None  # bytes of the blob, where the client told
     ztoc: Digest
     ztoc_size: int
+    diff_id: Digest | None = None  # of the whole uncompressed layer, where the image says it
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,11 @@ class SpansFetched:
 
 @dataclass(frozen=True, slots=True)
 class FetchSpans(Ask[SpansFetched]):
-    """Fill spans ``first``..``last`` (both included) of a prepared layer. ``why``: ``miss`` or ``read-ahead``."""
+    """Fill spans ``first``..``last`` (both included) of a prepared layer.
+
+    ``why``: ``miss``, ``read-ahead``, ``load-order`` or ``fill``, the most urgent first. The ``ahead`` spans behind
+    ``last`` are brought as read-ahead, and not waited for.
+    """
 
     verb: ClassVar[str] = "fetch-spans"
     answer: ClassVar[type] = SpansFetched
@@ -103,6 +108,7 @@ class FetchSpans(Ask[SpansFetched]):
     first: int
     last: int
     why: str = "miss"
+    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,33 @@ class ReadImageConfig(Ask[ImageConfig]):
     manifest: Digest
 
 
+@dataclass(frozen=True, slots=True)
+class CacheFreed:
+    """What the keeper of the span cache did, or would do: folders that went, spans that went from others, bytes."""
+
+    layers: tuple[tuple[Digest, Digest], ...] = ()  # layer, zTOC
+    spans: int = 0
+    freed: int = 0  # bytes
+    used: int = 0  # bytes, afterwards
+    budget: int = 0  # bytes
+    incomplete: str = ""  # why less was freed than could have been
+
+
+@dataclass(frozen=True, slots=True)
+class FreeCache(Ask[CacheFreed]):
+    """Free what no snapshot uses, and what is above the budget.
+
+    ``at_once`` leaves out the grace of layers that were used a moment ago, ``dry_run`` only tells. With ``wait`` false
+    it is done a little later, and the answer is empty: for who must not wait.
+    """
+
+    verb: ClassVar[str] = "free-cache"
+    answer: ClassVar[type] = CacheFreed
+    at_once: bool = False
+    dry_run: bool = False
+    wait: bool = True
+
+
 # --- snapshotter: containerd's door -----------------------------------------------------------------------------
 
 
@@ -175,6 +208,37 @@ class FindLogin(Ask[LoginFound]):
     answer: ClassVar[type] = LoginFound
     registry: str
     repository: str
+
+
+@dataclass(frozen=True, slots=True)
+class UsedLayer:
+    """A lazy layer that snapshots use, with an image that it may be fetched from."""
+
+    image: str
+    layer: Digest
+    ztoc: Digest
+    ztoc_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayersUsed:
+    """One page of `LayersInUse`. ``next`` is the ``after`` of the page behind it; empty: this is the last.
+
+    Pages are one answer only where their ``generation`` is the same: it differs once other layers are in use.
+    """
+
+    layers: tuple[UsedLayer, ...]
+    generation: str
+    next: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LayersInUse(Ask[LayersUsed]):
+    """Which lazy layers do the snapshots of this node use? Each once, in pages; the first has ``after`` empty."""
+
+    verb: ClassVar[str] = "layers-in-use"
+    answer: ClassVar[type] = LayersUsed
+    after: str = ""
 
 
 # --- mounter: the kernel's door ---------------------------------------------------------------------------------
@@ -240,6 +304,39 @@ class CheckMounts(Ask[MountsShown]):
     verb: ClassVar[str] = "check-mounts"
     answer: ClassVar[type] = MountsShown
     mounts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownLayer:
+    """One mount. ``way``: ``fuse``, ``erofs`` or ``native``, and why; ``state`` is that of the layer in the cache."""
+
+    mount: str
+    image: str
+    layer: Digest
+    ztoc: Digest
+    way: str
+    why: str
+    state: str  # as `soci cache ls` says it; ``native`` where the kernel reads the layer's file itself
+    here: int  # spans
+    spans: int
+    size: int  # bytes that the layer's files take of the disk
+
+
+@dataclass(frozen=True, slots=True)
+class LayersShown:
+    """One page of `ShownLayers`, in the order of mounts. ``next`` is the ``after`` of the page behind it, if any."""
+
+    layers: tuple[ShownLayer, ...]
+    next: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownLayers(Ask[LayersShown]):
+    """Which layers are mounted, and how? In pages; the first has ``after`` empty."""
+
+    verb: ClassVar[str] = "shown-layers"
+    answer: ClassVar[type] = LayersShown
+    after: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ work that they tell of: they wait in a bounded queue while the bus is away.
     mount     mounter      launch id
     miss      mounter      launch id
     fetch     fetcher      launch id
+    cache     fetcher      `NO_LAUNCH`
     index     indexer      job id
 """
 
@@ -117,6 +118,8 @@ class LayerShown(Event):
     spans: int
     present: int
     seconds: float
+    way: str = "fuse"  # or "erofs", "native"
+    why: str = ""  # this way
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +193,64 @@ class FetchFailed(Event):
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class PeerLied(Event):
+    """Another node's fetcher gave bytes that are not what the zTOC promises; it is left aside for a while."""
+
+    noun: ClassVar[str] = "fetch"
+    happened: ClassVar[str] = "peer-lied"
+    id: str
+    layer: Digest
+    node: str
+    url: str
+    first: int  # spans that it was asked for; -1: the zTOC
+    last: int
+
+
+# --- keeper of the span cache, in the fetcher ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCompleted(Event):
+    """All of a layer is here. ``proven``: it is what its diff_id promises; not, where no diff_id is known."""
+
+    noun: ClassVar[str] = "cache"
+    happened: ClassVar[str] = "layer-completed"
+    id: str
+    layer: Digest
+    ztoc: Digest
+    proven: bool
+    size: int  # bytes, uncompressed
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRefused(Event):
+    """All of a layer is here, and is not what its diff_id promises: no byte of it is served any more."""
+
+    noun: ClassVar[str] = "cache"
+    happened: ClassVar[str] = "layer-refused"
+    id: str
+    layer: Digest
+    ztoc: Digest
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceFreed(Event):
+    """Room was made. ``why``: ``unused``, ``budget``, ``disk-full`` or ``asked``. ``over``: bytes still too many."""
+
+    noun: ClassVar[str] = "cache"
+    happened: ClassVar[str] = "freed"
+    id: str
+    why: str
+    layers: int
+    spans: int
+    freed: int
+    used: int
+    budget: int
+    over: int = 0
+
+
 # --- indexer ----------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +316,10 @@ ALL: tuple[type[Event], ...] = (
     SpanRejected,
     LayerArrived,
     FetchFailed,
+    PeerLied,
+    LayerCompleted,
+    LayerRefused,
+    SpaceFreed,
     IndexBegun,
     LayerIndexed,
     IndexMade,

@@ -11,10 +11,12 @@ from typing import Any, Protocol, TypeVar
 from soci.launch import TraceParent
 from soci_bus.asks import Ask
 from soci_bus.events import Event
+from soci_bus.notices import Notice
 from soci_bus.wire import Envelope
 
 Answer = TypeVar("Answer")
 AskT = TypeVar("AskT", bound=Ask[Any])
+NoticeT = TypeVar("NoticeT", bound=Notice)
 
 LONGEST_ASK = 300.0
 """Seconds: an ask that would wait longer is cut to this."""
@@ -47,6 +49,14 @@ class Bus(Protocol):
 
     def publish(self, event: Event) -> None:
         """Queue an event for the stream; never waits and never fails (see `soci_bus.events`)."""
+        ...
+
+    async def tell(self, notice: Notice) -> None:
+        """Say it to all nodes that listen now; it is lost where NATS is away. Never fails, never waits for NATS."""
+        ...
+
+    async def hear(self, cls: type[NoticeT], heard: Callable[[NoticeT], None]) -> None:
+        """Pass on every node's notices of a class from now on, our own too; what does not parse is passed over."""
         ...
 
     async def submit(self, job: Ask[Any], job_id: str) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
-from soci.errors import BusUnavailable, DeadlineExceeded, LimitExceeded, SociError
+from soci.errors import BusUnavailable, DeadlineExceeded, InvalidInput, LimitExceeded, SociError
 from soci.launch import TraceParent
 from soci_bus import wire
 from soci_bus.asks import Ask
 from soci_bus.events import Event
-from soci_bus.face import LONGEST_ASK, Context, Handler, JobHandler
+from soci_bus.face import LONGEST_ASK, Context, Handler, JobHandler, NoticeT
+from soci_bus.notices import Notice
 
 KEPT = 100_000
 """Events and jobs that are kept."""
@@ -38,6 +39,7 @@ class MemoryBus:
         self.events: list[wire.Envelope] = []
         self._servers: dict[str, list[_Server]] = {}
         self._workers: dict[str, list[_Worker]] = {}
+        self._hearers: dict[str, list[tuple[type[Notice], Callable[[Any], None]]]] = {}
         self._jobs: dict[str, tuple[str, bytes]] = {}  # subject -> verb and body of a job that nobody took yet
         self._submitted: set[str] = set()
         self._watchers: list[tuple[str, asyncio.Queue[wire.Envelope]]] = []
@@ -80,6 +82,17 @@ class MemoryBus:
             for id_, queue in self._watchers:
                 if id_ in {"*", event.id} and not queue.full():
                     queue.put_nowait(envelope)
+
+    async def tell(self, notice: Notice) -> None:
+        """Say it to all who listen now."""
+        body = wire.encode(notice)
+        for cls, heard in self._hearers.get(notice.word, []):
+            with suppress(InvalidInput):
+                heard(wire.decode(body, cls))
+
+    async def hear(self, cls: type[NoticeT], heard: Callable[[NoticeT], None]) -> None:
+        """Pass on notices of ``cls``."""
+        self._hearers.setdefault(cls.word, []).append((cls, heard))
 
     async def submit(self, job: Ask[Any], job_id: str) -> None:
         """Have the job done, now or as soon as somebody works on its class. The same id twice is one job."""

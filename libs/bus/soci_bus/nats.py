@@ -9,7 +9,7 @@ the task groups that `connect` opens, and end with them. Nothing is locked.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -17,20 +17,23 @@ import nats.errors
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from soci.errors import BusUnavailable, DeadlineExceeded, InvalidMessage, SociError, Unavailable
+from soci.errors import BusUnavailable, DeadlineExceeded, InvalidInput, InvalidMessage, SociError, Unavailable
 from soci.launch import TraceParent
 from soci_bus import wire
 from soci_bus.asks import Ask
 from soci_bus.events import Event
-from soci_bus.face import LONGEST_ASK, Context, Handler, JobHandler
+from soci_bus.face import LONGEST_ASK, Context, Handler, JobHandler, NoticeT
 from soci_bus.nats_events import EventReader, EventSender
 from soci_bus.nats_jobs import Worker
 from soci_bus.nats_link import FOREIGN, JOBS_STREAM, Link, Trouble, check_url, hosts
+from soci_bus.notices import Notice
 
 CONCURRENT_ASKS = 256
 """Asks of one class that a process answers at a time; more wait in its subscription."""
 PENDING_BYTES = 64 << 20
 """Bytes that a subscription of ours may hold before nats-py drops and reports."""
+NOTICE_BYTES = 4 << 20
+"""The same for notices, which are small and told again."""
 LAST_ANSWERS = 8.0
 """Seconds that asks already taken get on the way out; what then still runs is given up, and its asker told."""
 LAST_CLOSE = 5.0
@@ -174,6 +177,36 @@ class NatsBus:
         was away in it did not pass on.
         """
         return self._reader.watching(wire.event_filter(id=id))
+
+    # --- notices
+
+    async def tell(self, notice: Notice) -> None:
+        """Say it to all nodes that listen now; it is lost where NATS is away."""
+        if not self._link.up.is_set():
+            return
+        with suppress(*FOREIGN):  # the next notice mends it
+            await self._link.client.publish(wire.notice_subject(notice.node, notice.word), wire.encode(notice))
+
+    async def hear(self, cls: type[NoticeT], heard: Callable[[NoticeT], None]) -> None:
+        """Pass on notices of ``cls``; what does not parse, or speaks for another node than its subject, is passed
+        over without a word: anybody may send it, and often.
+        """
+
+        async def arrived(message: Msg) -> None:
+            try:
+                notice = wire.decode(message.data, cls)
+            except InvalidInput:
+                return
+            if message.subject == wire.notice_subject(notice.node, cls.word):
+                heard(notice)
+
+        async def subscribe() -> None:
+            subject = wire.notice_subject("*", cls.word)
+            self._subscriptions.append(
+                await self._link.client.subscribe(subject, cb=arrived, pending_bytes_limit=NOTICE_BYTES)
+            )
+
+        await self._link.subscribe(subscribe)
 
     # --- jobs
 

@@ -83,6 +83,11 @@ def ask_subject(node: str, verb: str) -> str:
     return f"soci.ask.{token(node)}.{verb}"
 
 
+def notice_subject(node: str, word: str) -> str:
+    """``soci.tell.<node>.<word>``; ``*`` as node subscribes to all."""
+    return f"soci.tell.{_filter(node)}.{word}"
+
+
 def job_subject(verb: str, job: str) -> str:
     """``soci.job.<verb>.<id>``; ``*`` as id subscribes to all."""
     return f"soci.job.{verb}.{_filter(job)}"

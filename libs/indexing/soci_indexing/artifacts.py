@@ -196,7 +196,7 @@ def _make(path: Path) -> None:
         with suppress(FileExistsError):
             os.link(name, path)
     finally:
-        os.unlink(name)
+        Path(name).unlink()
 
 
 def _value(row: tuple[Any, ...]) -> Artifact:

@@ -18,37 +18,43 @@ from soci.reference import Reference, parse_reference
 from soci_registry import fetch, push
 from soci_registry import referrers as lists
 from soci_registry.auth import Authorizer
+from soci_registry.budget import Budget
 from soci_registry.credentials import Credentials
 from soci_registry.fetch import Fetched, PushedManifest, Resolved
+from soci_registry.gates import Gates
 from soci_registry.health import Health, Tell, silent
 from soci_registry.hosts import HostBook
 from soci_registry.mirrors import Mirrors
 from soci_registry.route import Route, route_of
 from soci_registry.settings import RegistrySettings
+from soci_registry.slots import SlotBook
 from soci_registry.transport import Transport
 from soci_registry.urls import Place, place_of
 from soci_registry.wire import Wires, tls_context
 from soci_registry.wire_aiohttp import AiohttpWire
 from soci_registry.wire_httpx import HttpxWire
+from soci_registry.wire_raw import RawWire
 
 SERVED_MAX = 256
 """Ranges that a `Repository` remembers to have been given."""
 
 
 class Registry:
-    """All registries, through two HTTP clients that it owns: an async context manager, one a process.
+    """All registries, through the HTTP clients that it owns: an async context manager, one a process.
 
-    ``hosts`` knows mirrors; ``tell`` hears when one of them fails and when it is used again. ``small_transport``
-    replaces the network under manifests and tokens, in tests.
+    ``hosts`` knows mirrors; ``tell`` hears when one of them fails and when it is used again. With the same ``budget``
+    folder all processes of the node share the requests that a host may have at a time, and its ``Retry-After``.
+    ``small_transport`` replaces the network under manifests and tokens, in tests.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  two of them for tests and for the log
         self,
         *,
         settings: RegistrySettings,
         credentials: Credentials,
         hosts: HostBook | None = None,
         tell: Tell = silent,
+        budget: Path | None = None,
         small_transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.settings = settings
@@ -56,9 +62,12 @@ class Registry:
         tls = tls_context(settings)
         self._small = HttpxWire(settings, tls, small_transport)
         self._bulk = AiohttpWire(settings, tls)
-        wires = Wires(self._small, self._bulk)
+        self._ranges = RawWire(settings, tls)
+        wires = Wires(self._small, self._bulk, self._ranges if settings.raw_ranges else None)
         authorizer = Authorizer(wire=wires, credentials=credentials, settings=settings)
-        transport = Transport(wire=wires, authorizer=authorizer, settings=settings)
+        limits = Budget(settings.connections_per_host)
+        self._gates = Gates(SlotBook(limits, budget, pause_max=settings.retry_after_max, tell=tell))
+        transport = Transport(wire=wires, authorizer=authorizer, settings=settings, gates=self._gates, tell=tell)
         health = Health(least=settings.mirror_aside_min, most=settings.mirror_aside_max, tell=tell)
         self._mirrors = Mirrors(transport, health)
         self._stack = AsyncExitStack()
@@ -67,11 +76,13 @@ class Registry:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._small)
             await stack.enter_async_context(self._bulk)
+            await stack.enter_async_context(self._ranges)
             self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
+        self._gates.close()
 
     def repository(self, image: str | Reference) -> Repository:
         """The repository of ``image``; its tag and digest don't matter. `InvalidReference` where it is none.
@@ -145,16 +156,19 @@ class Repository:
         """
         return self._mirrors.stream(self._route.pull, parse_digest(digest))
 
-    async def blob_range(self, digest: Digest, start: int, end: int, *, deadline: float | None = None) -> bytes:
+    async def blob_range(
+        self, digest: Digest, start: int, end: int, *, deadline: float | None = None, urgent: bool = True
+    ) -> bytes:
         """Bytes [start, end) of a blob, exactly as many; what they hold is the caller's to check.
 
+        ``urgent`` is said of what somebody waits for: it may use the slots that are kept free for that.
         Tried for ``deadline`` seconds (None: ``settings.range_deadline``), then `DeadlineExceeded`. Who asks the same
         object again for bytes of what it got (or all of it) says that they were wrong: the mirror that gave them is
         then left aside.
         """
         known = parse_digest(digest)
         self._doubt(known, lambda first, last: first <= start and end <= last)
-        content, gave = await self._mirrors.range(self._route.pull, known, (start, end), deadline)
+        content, gave = await self._mirrors.range(self._route.pull, known, (start, end), deadline, urgent=urgent)
         if gave:
             self._served.append((known, start, end, gave))
         return content

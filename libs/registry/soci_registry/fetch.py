@@ -21,7 +21,8 @@ from soci.errors import (
 from soci.oci import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 from soci_registry.failure import Kind, TryError
 from soci_registry.ranges import parse_content_range, parse_length, resume_for, skip_for
-from soci_registry.settings import MANIFEST_BYTES_MAX
+from soci_registry.room import Room
+from soci_registry.settings import MANIFEST_BYTES_MAX, RegistrySettings
 from soci_registry.transport import Transport, shown
 from soci_registry.urls import Place
 from soci_registry.wire import Answer, Body, Request, heads_of, read_bounded, read_into
@@ -196,58 +197,55 @@ async def fetch_blob(transport: Transport, place: Place, digest: Digest, limit: 
             raise TryError(Kind.MISMATCH, f"the content is not {digest}")
         return content
 
-    return await transport.call(_blob_request(place, digest), read)
+    return await transport.call(_blob_request(place, digest, urgent=True), read)
 
 
-async def fetch_range(  # noqa: PLR0913  where, what, how long
+def room_for(settings: RegistrySettings, start: int, end: int) -> Room:
+    """Memory for bytes [start, end) of a blob; `LimitExceeded` where they are more than one range may have."""
+    if not 0 <= start <= end:
+        raise ValueError(f"not a range: {start}..{end}")
+    if end - start > settings.range_max:
+        raise LimitExceeded(f"a range of {end - start} bytes, limit {settings.range_max} (range_max)")
+    return Room(end - start)
+
+
+async def fill_range(  # noqa: PLR0913  where, what, how long
     transport: Transport,
     place: Place,
     digest: Digest,
-    span: tuple[int, int],
+    start: int,
+    room: Room,
     *,
     deadline: float | None = None,
-    kept: list[bytes] | None = None,
-) -> bytes:
-    """Bytes [start, end) of a blob: exactly those, though not checked against anything.
+    urgent: bool = True,
+) -> None:
+    """Fill ``room`` with the bytes of a blob that begin at ``start``: exactly those, not checked against anything.
 
-    ``kept`` are the first of them, from earlier calls that broke off; this one begins after them, and adds to them
-    where its own only try breaks off too.
+    What the room holds already is not asked for again, whether an earlier try or another host gave it.
     """
     settings = transport.settings
-    start, end = span
-    if not 0 <= start <= end:
-        raise ValueError(f"not a range: {start}..{end}")
-    if start == end:
-        return b""
-    if end - start > settings.range_max:
-        raise LimitExceeded(f"a range of {end - start} bytes, limit {settings.range_max} (range_max)")
-    start += sum(map(len, kept or ()))
-    if start == end:  # it broke off after the last byte
-        return b"".join(kept or ())
+    url = place.url("blobs", digest)
+    remember = (place.url("blobs", ""), digest)
 
-    async def read(answer: Answer) -> bytes:
-        skip = skip_for(heads_of(answer), start, end, settings.range_skip_max)
-        parts: list[bytes] = []
+    def rest() -> Request:
+        headers = {"Range": f"bytes={start + room.count}-{start + room.size - 1}"}
+        return Request(
+            "GET", url, place.access(), headers, expect=_PARTIAL, remember=remember, bulk=True, urgent=urgent
+        )
+
+    async def read(answer: Answer) -> None:
+        before = room.count
+        skip = skip_for(heads_of(answer), start + before, start + room.size, settings.range_skip_max)
         try:
-            await read_into(parts, answer, end - start, skip)
+            await read_into(room, answer, skip)
         except TryError as error:
-            if kept is not None and error.kind in _BROKEN:
-                kept.extend(parts)
+            if error.kind not in _BROKEN:
+                room.count = before  # of a lie nothing is kept
             raise
-        parts = [*(kept or ()), *parts]
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    request = Request(
-        "GET",
-        place.url("blobs", digest),
-        place.access(),
-        {"Range": f"bytes={start}-{end - 1}"},
-        expect=_PARTIAL,
-        remember=(place.url("blobs", ""), digest),
-        bulk=True,
-    )
-    limit = settings.range_deadline if deadline is None else deadline
-    return await transport.call(request, read, retry=settings.range_retry, deadline=limit)
+    if room.missing:
+        limit = settings.range_deadline if deadline is None else deadline
+        await transport.call(rest, read, retry=settings.range_retry, deadline=limit)
 
 
 class Way(Protocol):
@@ -314,7 +312,7 @@ async def _after(answer: Answer, skip: int) -> AsyncGenerator[bytes, None]:
         raise TryError(Kind.SHORT, "the blob ends before the byte to go on from")
 
 
-def _blob_request(place: Place, digest: Digest, offset: int = 0) -> Request:
+def _blob_request(place: Place, digest: Digest, offset: int = 0, *, urgent: bool = False) -> Request:
     return Request(
         "GET",
         place.url("blobs", digest),
@@ -324,4 +322,5 @@ def _blob_request(place: Place, digest: Digest, offset: int = 0) -> Request:
         remember=(place.url("blobs", ""), digest),
         bulk=True,
         endless=True,
+        urgent=urgent,
     )

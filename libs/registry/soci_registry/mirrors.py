@@ -17,9 +17,10 @@ from typing import TypeVar
 from soci.digest import Digest
 from soci.errors import DeadlineExceeded, SociError, Unavailable
 from soci_registry.failure import Kind, TryError, final_error
-from soci_registry.fetch import fetch_range, stream_blob
+from soci_registry.fetch import fill_range, room_for, stream_blob
 from soci_registry.health import EVERYTHING, Health, Order
 from soci_registry.policy import GiveUp, decide, is_repeatable
+from soci_registry.room import Room
 from soci_registry.settings import Retry
 from soci_registry.transport import Transport, shown
 from soci_registry.urls import Place
@@ -224,35 +225,50 @@ class Mirrors:
         return await self._tour(self._way(places), attempt, blame=blame)
 
     async def range(
-        self, places: tuple[Place, ...], digest: Digest, span: tuple[int, int], deadline: float | None
+        self, places: tuple[Place, ...], digest: Digest, span: tuple[int, int], deadline: float | None, *, urgent: bool
     ) -> tuple[bytes, frozenset[Place]]:
         """Bytes [start, end) of a blob, and who gave of them. The next host goes on where one broke off."""
-        if len(places) == 1:
-            return await fetch_range(self.transport, places[0], digest, span, deadline=deadline), frozenset()
+        with room_for(self.transport.settings, *span) as room:
+            if len(places) == 1:
+                place, start = places[0], span[0]
+                await fill_range(self.transport, place, digest, start, room, deadline=deadline, urgent=urgent)
+                return room.content(), frozenset()
+            gave = await self._fill(places, digest, span, room, deadline, urgent=urgent)
+            return room.content(), gave
+
+    async def _fill(  # noqa: PLR0913  where, what, how long
+        self,
+        places: tuple[Place, ...],
+        digest: Digest,
+        span: tuple[int, int],
+        room: Room,
+        deadline: float | None,
+        *,
+        urgent: bool,
+    ) -> frozenset[Place]:
         settings = self.transport.settings
         tour = Tour(self.transport, self._health, places, settings.range_retry, patient=True)
-        kept: list[bytes] = []
 
-        async def attempt(transport: Transport, place: Place) -> bytes:
-            before = len(kept)
+        async def attempt(transport: Transport, place: Place) -> None:
+            before = room.count
             try:
-                return await fetch_range(transport, place, digest, span, deadline=limit, kept=kept)
+                await fill_range(transport, place, digest, span[0], room, deadline=limit, urgent=urgent)
             finally:
-                if len(kept) > before:
+                if room.count > before:
                     tour.gives()
 
         limit = settings.range_deadline if deadline is None else deadline
         scope = asyncio.timeout(limit)
         try:
             async with scope:
-                found = await self._tour(tour, attempt, blame=True)
+                await self._tour(tour, attempt, blame=True)
         except TimeoutError as error:
             if not scope.expired():
                 raise
             reason = f"; the last failure: {tour.last}" if tour.last else ""
             where = f"{digest} ({span[0]}-{span[1] - 1})"
             raise DeadlineExceeded(f"{where}: not within {limit:g} s{reason}") from error
-        return found, tour.gave
+        return tour.gave
 
     async def _tour(self, tour: Tour, attempt: Attempt[Result], *, blame: bool) -> Result:
         while True:

@@ -19,6 +19,9 @@ _TRANSIENT = frozenset({Kind.CONNECT, Kind.STALL, Kind.SHORT})
 _BAD = frozenset({Kind.BAD_ANSWER, Kind.MISMATCH})
 _SECONDS_DIGITS_MAX = 9
 
+TOO_MANY_SECONDS = 0.5
+"""The pause after "too many requests" where the host does not say how long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wait:
@@ -49,6 +52,13 @@ def wait_of(retry: Retry, tried: int, retry_after: float | None) -> float:
     if retry_after is None:
         return grown
     return max(grown, min(retry_after, retry.retry_after_max))
+
+
+def common_pause(failure: TryError, most: float) -> float:
+    """Seconds for which a host is to be left alone by all our requests after one of them failed so; 0: not at all."""
+    if failure.retry_after is not None:
+        return min(failure.retry_after, most)
+    return TOO_MANY_SECONDS if failure.status == 429 else 0.0
 
 
 def is_repeatable(failure: TryError) -> bool:

@@ -67,6 +67,7 @@ async def _push(transport: Transport, place: Place, body: Body, digest: Digest) 
             frozenset({201, 202, 204}),
             bulk=True,
             endless=True,
+            urgent=False,
         )
         try:
             async with transport.open(request):

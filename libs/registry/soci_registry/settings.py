@@ -57,6 +57,8 @@ class RegistrySettings:
     header_timeout: float = 10.0
     stall_timeout: float = 10.0
     """The longest silence in a body, and the window in which ``min_rate`` is measured."""
+    urgent_stall_timeout: float = 3.0
+    """The same for a range that somebody waits for, if it is less: what has come of it is kept."""
     min_rate: int = 8 * KIB
     """A body slower than this is given up and asked for again: another connection is often a healthy one."""
     total_timeout: float = 300.0
@@ -65,6 +67,7 @@ class RegistrySettings:
     range_tries: int = 200
     """Ranges are bounded by time, not by count: a registry that is away for half a minute must not fail a read."""
     range_bad_answer_tries: int = 12
+    range_min_wait: float = 0.03
     range_max_wait: float = 2.0
     range_deadline: float = 60.0
     """How long one range is tried where the caller names no deadline."""
@@ -82,7 +85,10 @@ class RegistrySettings:
     mirror_aside_max: float = 600.0
     """How long a host that failed is left aside: at first, and at most; it doubles with each failure in between."""
 
+    raw_ranges: bool = True
+    """Plain ranges go over a wire of their own, which is the fastest; else over that of whole blobs."""
     connections_per_host: int = 16
+    """Requests to one host at a time: of this process, or of all that share a budget."""
     redirects: int = 10
     remembered_targets: int = 4096
     """Redirect targets of blobs that are remembered, so that the registry is not asked again for each range."""
@@ -98,7 +104,7 @@ class RegistrySettings:
         return Retry(
             self.range_tries,
             self.range_bad_answer_tries,
-            self.min_wait,
+            self.range_min_wait,
             self.range_max_wait,
             self.jitter,
             self.retry_after_max,

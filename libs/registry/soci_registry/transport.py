@@ -11,7 +11,6 @@ import asyncio
 import copy
 import random
 import re
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -23,8 +22,10 @@ from soci_registry.auth import Authorizer
 from soci_registry.challenge import asks_for_credentials, implied_challenge, parse_challenges, target_expired
 from soci_registry.failure import Kind, TryError, final_error
 from soci_registry.gates import Gates
-from soci_registry.policy import GiveUp, decide, parse_retry_after
+from soci_registry.health import Tell, silent
+from soci_registry.policy import GiveUp, common_pause, decide, parse_retry_after
 from soci_registry.settings import ERROR_BODY_BYTES_MAX, RegistrySettings, Retry
+from soci_registry.targets import Targets
 from soci_registry.urls import origin_of, redact, redirect_target
 from soci_registry.wire import Answer, Request, Wire, read_head
 
@@ -59,13 +60,16 @@ class _Walk:
 class Transport:
     """All requests of a process go through here; it owns no connection itself."""
 
-    def __init__(self, *, wire: Wire, authorizer: Authorizer, settings: RegistrySettings) -> None:
+    def __init__(
+        self, *, wire: Wire, authorizer: Authorizer, settings: RegistrySettings, gates: Gates, tell: Tell = silent
+    ) -> None:
         self._wire = wire
         self._authorizer = authorizer
         self.settings = settings
         self.patient = True
-        self._gates = Gates(settings.connections_per_host)
-        self._targets: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._gates = gates
+        self._tell = tell
+        self._targets = Targets(settings.remembered_targets)
 
     def with_settings(self, settings: RegistrySettings, *, patient: bool) -> Transport:
         """The same transport, its connections, tokens and limits a host shared, with other tries and times.
@@ -79,7 +83,7 @@ class Transport:
 
     async def call(
         self,
-        request: Request,
+        asked: Request | Callable[[], Request],
         read: Callable[[Answer], Awaitable[Result]],
         *,
         retry: Retry | None = None,
@@ -87,12 +91,14 @@ class Transport:
     ) -> Result:
         """Try until ``read`` has a result, within ``deadline`` seconds (None: no limit but that of the tries).
 
+        ``asked`` may make the request anew for each try: one that goes on where the last one broke off.
         Raises `Unauthorized`, `NotFound`, `RegistryUnavailable`, `Mismatch`, or `DeadlineExceeded` with the last
         failure as its cause.
         """
         retry = retry or self.settings.retry
         last: TryError | None = None
         tried = 0
+        request = asked if isinstance(asked, Request) else asked()
         scope = asyncio.timeout(deadline)
         try:
             async with scope:
@@ -104,6 +110,7 @@ class Transport:
                     except TryError as error:
                         last = error
                         await self.wait(request, error, tried, retry)
+                        request = asked if isinstance(asked, Request) else asked()
         except TimeoutError as error:
             if not scope.expired():
                 raise
@@ -119,43 +126,49 @@ class Transport:
             self.forget_target(request)
         if isinstance(verdict, GiveUp):
             raise final_error(failure, shown(request), tried) from failure
+        self._tell("retrying request", request=shown(request), tried=tried, wait=verdict.seconds, why=str(failure))
         await asyncio.sleep(verdict.seconds)
 
     def forget_target(self, request: Request) -> None:
         """Ask the registry for a new redirect target at the next try: perhaps only the remembered host is away."""
-        if request.remember:
-            self._targets.pop(request.remember, None)
+        self._targets.forget(request.remember)
 
     @asynccontextmanager
     async def open(self, request: Request) -> AsyncIterator[Answer]:
         """One try: the answer to ``request`` if its status is expected, else `TryError`."""
-        remembered = self._targets.get(request.remember) if request.remember else None
+        remembered = self._targets.get(request.remember)
         walk = _Walk(remembered or request.url, remembered is not None)
         home = request.access.origin
-        while True:
-            origin = origin_of(walk.url)
-            async with AsyncExitStack() as stack:
-                await stack.enter_async_context(self._gates.slot(origin, patient=self.patient))
-                if origin == home:
-                    walk.authorization = await self._authorizer.header(request.access)
-                authorization = walk.authorization if origin == home else None
-                answer = await stack.enter_async_context(self._wire.send(request, walk.url, authorization))
-                if answer.status in request.expect:
-                    self._keep_target(request, walk)
-                    yield answer
-                    return
-                if answer.status in _REDIRECTS and request.method in _FOLLOWED:
-                    await read_head(answer, ERROR_BODY_BYTES_MAX)
-                    self._follow(walk, answer)
-                    continue
-                body = await read_head(answer, ERROR_BODY_BYTES_MAX)
-                failure = _failure(answer, body)
-                if failure.retry_after is not None:
-                    self._gates.hold(origin, min(failure.retry_after, self.settings.retry_after_max))
-                renewal = self._next(request, walk, answer, body)
-            if renewal is None:
-                raise failure
-            await renewal()
+        with self._targets.asking(request.remember) as asking:
+            while True:
+                if walk.url == request.url and (found := await asking.begin()):
+                    walk.url, walk.remembered = found, True
+                origin = origin_of(walk.url)
+                async with AsyncExitStack() as stack:
+                    slot = self._gates.slot(origin, urgent=request.urgent, patient=self.patient)
+                    await stack.enter_async_context(slot)
+                    if origin == home:
+                        walk.authorization = await self._authorizer.header(request.access)
+                    authorization = walk.authorization if origin == home else None
+                    answer = await stack.enter_async_context(self._wire.send(request, walk.url, authorization))
+                    if answer.status in request.expect:
+                        if request.remember and walk.url != request.url:
+                            self._targets.keep(request.remember, walk.url)
+                        asking.done()
+                        yield answer
+                        return
+                    if answer.status in _REDIRECTS and request.method in _FOLLOWED:
+                        await read_head(answer, ERROR_BODY_BYTES_MAX)
+                        self._follow(walk, answer)
+                        continue
+                    body = await read_head(answer, ERROR_BODY_BYTES_MAX)
+                    failure = _failure(answer, body)
+                    if pause := common_pause(failure, self.settings.retry_after_max):
+                        self._gates.hold(origin, pause)
+                    renewal = self._next(request, walk, answer, body)
+                if renewal is None:
+                    raise failure
+                await renewal()
 
     def _follow(self, walk: _Walk, answer: Answer) -> None:
         location = answer.header("location")
@@ -197,23 +210,15 @@ class Transport:
 
         async def authenticate() -> None:
             walk.challenges += 1
+            self._tell(f"Received status code: {answer.status}", request=shown(request))
             await self._authorizer.renew(request.access, offered, walk.authorization)
 
         return authenticate
 
-    def _keep_target(self, request: Request, walk: _Walk) -> None:
-        if request.remember is None or walk.url == request.url:
-            return
-        self._targets[request.remember] = walk.url
-        self._targets.move_to_end(request.remember)
-        while len(self._targets) > self.settings.remembered_targets:
-            self._targets.popitem(last=False)
-
     def _forget_target(self, request: Request, walk: _Walk) -> None:
         # Another request may have replaced it already: then that one is the fresh target.
-        if request.remember and self._targets.get(request.remember) == walk.url:
-            del self._targets[request.remember]
-        fresh = self._targets.get(request.remember) if request.remember else None
+        self._targets.forget(request.remember, walk.url)
+        fresh = self._targets.get(request.remember)
         walk.url = fresh or request.url
         walk.remembered = fresh is not None
         walk.hops = 0

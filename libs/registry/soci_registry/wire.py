@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seam between our rules and the HTTP clients: one request out, one answer in.
 
-Two wires implement it, because a range costs aiohttp a third of the CPU that httpx needs, and httpx is the pleasanter
-client for the rest. Redirects, credentials and retries are decided above the seam, once for both.
+Three wires implement it. Plain ranges, the hot path, have one of their own (`wire_raw`); whole blobs and uploads go
+over aiohttp, which needs a third of httpx's CPU for a byte; httpx is the pleasanter client for the rest. Redirects,
+credentials and retries are decided above the seam, once for all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Protocol
 from soci.errors import InvalidConfig, LimitExceeded
 from soci_registry.failure import Kind, TryError
 from soci_registry.ranges import Heads, parse_length
+from soci_registry.room import Room
 from soci_registry.settings import RegistrySettings
 from soci_registry.urls import Access
 
@@ -51,6 +53,8 @@ class Request:
     bulk: bool = False
     endless: bool = False
     """No limit on the whole time of a try: the body is as long as a layer."""
+    urgent: bool = True
+    """Somebody waits: it may take the slots that are kept for such requests."""
 
 
 class Answer(Protocol):
@@ -66,6 +70,9 @@ class Answer(Protocol):
     def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives, once, undecoded."""
 
+    async def fill(self, room: Room) -> None:
+        """The body's bytes into ``room``, to the body's end; `TryError` where there are more than it takes."""
+
 
 class Wire(Protocol):
     """An HTTP client without redirects, cookies, retries or credentials of its own."""
@@ -74,17 +81,28 @@ class Wire(Protocol):
         """Send ``request`` to ``url``; the answer's headers are there on entry. Failures are `TryError`."""
 
 
+class Particular(Wire, Protocol):
+    """A wire that is made for some requests alone."""
+
+    def can_send(self, request: Request, url: str) -> bool:
+        """Whether ``request`` to ``url`` is one of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wires:
-    """Both wires as one. A host with manners of its own goes over the bulk one: it takes TLS and times a request."""
+    """All wires as one. A host with manners of its own goes over the bulk one: it takes TLS and times a request."""
 
     small: Wire
     bulk: Wire
+    ranges: Particular | None = None
+    """For those bulk requests that it can send."""
 
     def send(self, request: Request, url: str, authorization: str | None) -> AbstractAsyncContextManager[Answer]:
         """Send over the wire that is made for ``request``."""
-        bulk = request.bulk or request.access.manner is not None
-        return (self.bulk if bulk else self.small).send(request, url, authorization)
+        wire = self.bulk if request.bulk or request.access.manner is not None else self.small
+        if request.bulk and self.ranges is not None and self.ranges.can_send(request, url):
+            wire = self.ranges
+        return wire.send(request, url, authorization)
 
 
 def tls_context(settings: RegistrySettings) -> ssl.SSLContext:
@@ -148,32 +166,34 @@ async def read_bounded(answer: Answer, limit: int, what: str) -> bytes:
     return b"".join(parts)
 
 
-async def read_into(parts: list[bytes], answer: Answer, length: int, skip: int) -> None:
-    """Append the ``length`` bytes after the first ``skip``; what came before an error stays in ``parts``.
+async def read_into(room: Room, answer: Answer, skip: int) -> None:
+    """Fill ``room`` with what follows the first ``skip`` bytes; what came before an error is counted in it.
 
-    More bytes than that are an error unless the blob was sent whole.
+    More bytes than it takes are an error unless the blob was sent whole.
     """
-    whole = skip > 0 or answer.status == 200
-    missing = length
+    if skip > 0 or answer.status == 200:
+        await _read_from(room, answer, skip)
+    else:
+        await answer.fill(room)
+    if room.missing:  # and yet the body came to its end: a lie, not a broken connection
+        raise TryError(Kind.BAD_ANSWER, f"{room.count} of {room.size} bytes arrived")
+
+
+async def _read_from(room: Room, answer: Answer, skip: int) -> None:
     async for chunk in answer.chunks():
-        data = chunk
-        if skip:
-            if skip >= len(data):
-                skip -= len(data)
-                continue
-            data = data[skip:]
-            skip = 0
-        if len(data) > missing:
-            if not whole:
-                raise TryError(Kind.BAD_ANSWER, f"more than the {length} bytes that were asked for")
-            data = data[:missing]
-        parts.append(data)
-        missing -= len(data)
-        # The last chunk of a 206 is not the end yet: one byte more would be a lie worth noticing.
-        if whole and not missing:
+        data = memoryview(chunk)[skip:]
+        skip = max(0, skip - len(chunk))
+        room.put(data[: room.missing])
+        if not room.missing:
             break
-    if missing:
-        raise TryError(Kind.SHORT, f"{length - missing} of {length} bytes arrived")
+
+
+async def fill_from(chunks: AsyncIterator[bytes], room: Room) -> None:
+    """What `Answer.fill` does where bytes come in chunks. It reads on after the last one: a byte more is a lie."""
+    async for chunk in chunks:
+        if len(chunk) > room.missing:
+            raise TryError(Kind.BAD_ANSWER, f"more than the {room.size} bytes that were asked for")
+        room.put(chunk)
 
 
 async def read_head(answer: Answer, limit: int) -> bytes:

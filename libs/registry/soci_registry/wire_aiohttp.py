@@ -19,9 +19,10 @@ from yarl import URL
 
 from soci_registry.failure import Kind, TryError
 from soci_registry.manner import PLAIN, Trust, context_of, headers_for
+from soci_registry.room import Room
 from soci_registry.settings import RegistrySettings
 from soci_registry.urls import URL_LENGTH_MAX, is_link_local, is_loopback, origin_of
-from soci_registry.wire import Request, certificate_refused, describe, safe_cause
+from soci_registry.wire import Request, certificate_refused, describe, fill_from, safe_cause
 
 READ_BUFFER_BYTES = 1024 * 1024
 """How much may wait in a connection before its socket is paused: fewer pauses, and still bounded memory."""
@@ -70,6 +71,10 @@ class AiohttpAnswer:
                 yield chunk
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _try_error(error) from safe_cause(error)
+
+    async def fill(self, room: Room) -> None:
+        """The body's bytes into ``room``, to the body's end."""
+        await fill_from(self.chunks(), room)
 
 
 class AiohttpWire:

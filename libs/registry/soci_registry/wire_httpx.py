@@ -16,9 +16,10 @@ import httpx
 
 from soci.errors import InvalidConfig
 from soci_registry.failure import Kind, TryError
+from soci_registry.room import Room
 from soci_registry.settings import RegistrySettings
 from soci_registry.urls import is_link_local, is_loopback, origin_of
-from soci_registry.wire import Request, certificate_refused, describe, safe_cause
+from soci_registry.wire import Request, certificate_refused, describe, fill_from, safe_cause
 
 # httpx logs each URL with its query at INFO: tokens and signatures would reach the log of the whole process.
 logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -48,6 +49,10 @@ class HttpxAnswer:
                 yield chunk
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
             raise _try_error(error) from safe_cause(error)
+
+    async def fill(self, room: Room) -> None:
+        """The body's bytes into ``room``, to the body's end."""
+        await fill_from(self.chunks(), room)
 
 
 class HttpxWire:

@@ -116,6 +116,12 @@ def _whole(config: Config) -> Config:
             raise InvalidConfig(f"{_key(of_image)} is above {_key(in_all)}, {most}")
     if config.kubelet_credential_config and not config.kubelet_credential_bin_dir:
         raise InvalidConfig(f"{_key('kubelet_credential_config')} needs {_key('kubelet_credential_bin_dir')}, too")
+    if config.peer_listen and not config.peer_secret_file:
+        raise InvalidConfig(f"{_key('peer_listen')} needs {_key('peer_secret_file')}, too")
+    if bool(config.peer_tls_cert) != bool(config.peer_tls_key) or (config.peer_tls_ca and not config.peer_tls_cert):
+        raise InvalidConfig(
+            f"{_key('peer_tls_cert')} and {_key('peer_tls_key')} go together, {_key('peer_tls_ca')} with them"
+        )
     if config.cri_keychain and config.cri_image_service in {config.address, DEFAULT_ADDRESS}:
         raise InvalidConfig(f"{_key('cri_image_service')} is our own socket: name the one of containerd")
     node = config.node or re.sub(r"[^A-Za-z0-9_-]+", "_", socket.gethostname())[:64] or "node"

@@ -30,12 +30,14 @@ class Flights:
     def __init__(self) -> None:
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.ending = False  # nothing more should begin
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.ending = True
         for task in self._tasks:
             task.cancel()
         await self._group.__aexit__(None, None, None)

@@ -35,6 +35,8 @@ MOST_SPAN_ATTEMPTS: Final = 100
 MOST_RETRIES: Final = 1000
 MOST_AT_A_TIME: Final = 1 << 16
 """The largest of the limits on how many."""
+MOST_REQUESTS: Final = 512
+"""The largest limit on requests to a host: each of them is a byte that is locked."""
 MOST_BYTES: Final = 1 << 62
 
 _SOME: Final = (0.1, LONGEST_SECONDS)
@@ -64,17 +66,21 @@ SETTINGS: Final[tuple[Setting, ...]] = (
             _SOME, zero=True),
     Setting("min_layer_size", "snapshotter.min_layer_size", BYTES, "smaller layers come whole; 0: none does",
             (0, MOST_BYTES)),
-    Setting("allow_invalid_mounts_on_restart", "snapshotter.allow_invalid_mounts_on_restart", FLAG,
-            "start although lazy layers cannot be shown again"),
     Setting("soci_v1", "pull_modes.soci_v1.enable", FLAG, "look for indexes by referrers"),
     Setting("soci_v2", "pull_modes.soci_v2.enable", FLAG, "look for indexes bound in the image manifest"),
     Setting("no_regret", "sociable.no_regret", FLAG, "bring a layer whole where that is expected to be quicker"),
     Setting("whole_fallback", "sociable.whole_fallback", TEXT,
             "whether we bring layers that have no index, rather than containerd",
             choices=("auto", "always", "never")),
-    Setting("content_store", "content_store.type", TEXT, "where blobs of whole layers are kept: `soci`: nowhere",
+    Setting("content_store", "content_store.type", TEXT,
+            "where blobs of layers that we bring whole are kept, so that the image can be pushed; `soci`: nowhere",
             choices=("soci", "containerd"), zero=True),
-    Setting("containerd_address", "content_store.containerd_address", SOCKET, "containerd's socket", zero=True),
+    Setting("containerd_address", "content_store.containerd_address", SOCKET,
+            "the socket of that containerd", zero=True),
+
+    Setting("mount_mode", "sociable.mount_mode", TEXT,
+            "how lazy layers are shown: by FUSE alone, by the kernel's EROFS, or by it where it can and survives us",
+            choices=("auto", "fuse", "erofs")),
 
     # whole layers
     Setting("parallel_pull", f"{_PARALLEL}.enable", FLAG, "bring all layers whole, several at a time"),
@@ -85,14 +91,14 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("max_downloads_per_image", f"{_PARALLEL}.max_concurrent_downloads_per_image", COUNT,
             "and of one image's", _COUNT, zero=True),
     Setting("max_unpacks", f"{_PARALLEL}.max_concurrent_unpacks", COUNT,
-            "layers unpacked at a time; negative: unlimited", _COUNT, zero=True),
+            "layers unpacked at a time; negative: one a core, at most 8", _COUNT, zero=True),
     Setting("max_unpacks_per_image", f"{_PARALLEL}.max_concurrent_unpacks_per_image", COUNT,
-            "and of one image's", _COUNT, zero=True),
+            "and of one image's; negative: as many as in all", _COUNT, zero=True),
     Setting("download_chunk", f"{_PARALLEL}.concurrent_download_chunk_size", SIZE,
             "bytes of a request for a part of a whole layer, as in `16mb`; 0: as the fetcher chooses",
             (0, MOST_BYTES)),
     Setting("discard_unpacked_layers", f"{_PARALLEL}.discard_unpacked_layers", FLAG,
-            "keep no blob of a layer that was unpacked"),
+            "keep no blob of a layer that was unpacked, whatever `[content_store] type` is"),
 
     # reads
     Setting("read_deadline", "sociable.read_deadline_sec", SECONDS,
@@ -102,10 +108,23 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("span_attempts", "blob.max_span_verification_retries", ATTEMPTS,
             "more tries for a span that does not match its digest; negative: 3", (1, MOST_SPAN_ATTEMPTS)),
     Setting("max_concurrency", "max_concurrency", COUNT,
-            "requests for spans at a time; negative: unlimited", _COUNT, zero=True),
+            "tables of contents brought before their layers are asked for, at a time; never more than 8", _COUNT,
+            zero=True),
+
+    Setting("background_fetch_disable", "background_fetch.disable", FLAG,
+            "do not fill layers in use in the background"),
+    Setting("silence_period", "background_fetch.silence_period_msec", MILLISECONDS,
+            "filling begins once no read has waited for so long", _WAIT, zero=True),
+
+    Setting("cache_budget", "sociable.cache_budget", SIZE,
+            "bytes that the span cache may take, as in `20gb`; 0: what leaves a fifth of its disk free",
+            (0, MOST_BYTES)),
 
     # registries
     Setting("plain_http", "sociable.plain_http", WORDS, "registry hosts spoken to without TLS, beside loopback"),
+    Setting("registry_concurrency", "sociable.registry_concurrency", COUNT,
+            "requests to one registry host at a time, of all fetchers of the node together; a quarter is kept for "
+            "bytes that somebody waits for", (1, MOST_REQUESTS)),
     Setting("index_failure_ttl", "sociable.index_failure_ttl_sec", SECONDS,
             "so long a failed look-up of an index is not repeated", (0, LONGEST_SECONDS)),
     Setting("dial_timeout", "http.DialTimeoutMsec", MILLISECONDS, "to connect to a registry", _WAIT, zero=True),
@@ -117,8 +136,6 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("min_wait", "http.MinWaitMsec", MILLISECONDS,
             "before the second try; doubled for each further one", _WAIT, zero=True),
     Setting("max_wait", "http.MaxWaitMsec", MILLISECONDS, "the longest wait between tries", _WAIT, zero=True),
-    Setting("valid_interval", "blob.valid_interval", SECONDS,
-            "so long a layer that could be had is not asked for again when a container starts", _WAIT, zero=True),
     Setting("fetching_timeout", "blob.fetching_timeout_sec", SECONDS, "one request for spans", _WAIT, zero=True),
     Setting("blob_max_retries", "blob.max_retries", RETRIES,
             "as `[http] MaxRetries`, for spans; not set: the same", _RETRIES, zero=True),
@@ -145,6 +162,21 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("kubelet_credential_config", "sociable.kubelet_credential_config", TEXT,
             "file of kind CredentialProviderConfig: take logins from the kubelet's plugins; empty: do not"),
     Setting("kubelet_credential_bin_dir", "sociable.kubelet_credential_bin_dir", TEXT, "folder of these plugins"),
+
+    # peers
+    Setting("peer_listen", "sociable.peer_listen", TEXT,
+            "where other nodes' fetchers get spans from this node's: `host:port`; further fetchers of the node take"
+            " the next ports; empty: nowhere, and none are asked; see scale.md"),
+    Setting("peer_url", "sociable.peer_url", TEXT,
+            "the address that other nodes are told, as `http://10.0.0.7:4421`; empty: that of `peer_listen`",
+            environment="SOCIABLE_PEER_URL"),
+    Setting("peer_secret_file", "sociable.peer_secret_file", TEXT,
+            "file of the secret that all nodes share, of at least 32 bytes, for its owner's eyes alone;"
+            " needed where `peer_listen` is set"),
+    Setting("peer_tls_cert", "sociable.peer_tls_cert", TEXT, "certificate (PEM) of `peer_listen`: TLS where it is set"),
+    Setting("peer_tls_key", "sociable.peer_tls_key", TEXT, "its key"),
+    Setting("peer_tls_ca", "sociable.peer_tls_ca", TEXT,
+            "authority (PEM) of all peers' certificates, whom both sides must show one of; empty: the system's"),
 
     # the indexer's webhook
     Setting("webhook_address", "sociable.webhook_address", TEXT,

@@ -43,11 +43,11 @@ class Config:
     # what the snapshotter decides
     mount_timeout: float = 30.0
     min_layer_size: int = 0
-    allow_invalid_mounts_on_restart: bool = False
     soci_v1: bool = True
     soci_v2: bool = True
     no_regret: bool = True
     whole_fallback: str = "auto"  # or "always", "never"
+    mount_mode: str = "auto"  # or "fuse", "erofs"
     content_store: str = "soci"  # or "containerd"
 
     # whole layers
@@ -56,7 +56,7 @@ class Config:
     max_downloads: int = UNLIMITED
     max_downloads_per_image: int = 3
     max_unpacks: int = UNLIMITED
-    max_unpacks_per_image: int = 1
+    max_unpacks_per_image: int = UNLIMITED
     download_chunk: int = 0  # bytes; 0: the fetcher's own size
     discard_unpacked_layers: bool = False
 
@@ -66,8 +66,14 @@ class Config:
     span_attempts: int = 3
     max_concurrency: int = 100
 
+    background_fetch_disable: bool = False
+    silence_period: float = 30.0
+
+    cache_budget: int = 0  # bytes; 0: automatic, see `soci_cache.survey`
+
     # registries
     plain_http: tuple[str, ...] = ()
+    registry_concurrency: int = 16
     index_failure_ttl: float = 30.0
     dial_timeout: float = 3.0
     response_timeout: float = 3.0
@@ -75,7 +81,6 @@ class Config:
     max_retries: int = 8
     min_wait: float = 0.03
     max_wait: float = 300.0
-    valid_interval: float = 60.0
     fetching_timeout: float = 300.0
     blob_max_retries: int = 8
     blob_min_wait: float = 0.03
@@ -91,6 +96,14 @@ class Config:
     cri_image_service: str = DEFAULT_CONTAINERD
     kubelet_credential_config: str = ""
     kubelet_credential_bin_dir: str = ""
+
+    # peers
+    peer_listen: str = ""
+    peer_url: str = ""
+    peer_secret_file: str = ""
+    peer_tls_cert: str = ""
+    peer_tls_key: str = ""
+    peer_tls_ca: str = ""
 
     # the indexer's webhook
     webhook_address: str = ""

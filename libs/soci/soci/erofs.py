@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from soci.errors import InvalidZtoc, LimitExceeded
+from soci.idmap import IdMap
 from soci.tree import ROOT, LayerTree
 
 if TYPE_CHECKING:
@@ -78,24 +79,29 @@ class Attributes:
     xattrs: Mapping[bytes, bytes] = field(default_factory=dict)
 
 
-def build_erofs(
-    tree: LayerTree,
-    tar_size: int,
-    *,
-    implied: Mapping[int, Attributes] | None = None,
-    opaque: bytes = OPAQUE,
-    block: int = BLOCK,
-) -> bytes:
-    """The image of ``tree``, whose files lie in a tar of ``tar_size`` bytes, in whole blocks: the kernel reads no others.
+@dataclass(frozen=True, slots=True)
+class Showing:
+    """How a layer is shown beside what its tree says."""
 
-    ``implied`` gives nodes of `LayerTree.implied` their attributes, ``opaque`` is the attribute of opaque directories
-    (an overlayfs with ``userxattr`` knows its twin of ``user.``). ``block`` is a power of two from 512 to 4,096: larger
-    ones only for a tar whose files lie so. Raises `InvalidZtoc` where a file does not lie in whole blocks inside the
-    tar, as no tar's does, and `LimitExceeded` for what the format has no room for: such a layer needs another way.
+    implied: Mapping[int, Attributes] = field(default_factory=dict)
+    """Attributes of nodes of `LayerTree.implied`."""
+    opaque: bytes = OPAQUE
+    """The attribute of opaque directories: an overlayfs with ``userxattr`` knows its twin of ``user.``."""
+    uids: IdMap | None = None
+    gids: IdMap | None = None
+    """Owners as a user namespace has them."""
+
+
+def build_erofs(tree: LayerTree, tar_size: int, showing: Showing = Showing(), *, block: int = BLOCK) -> bytes:
+    """The image of ``tree``; files lie in whole blocks of a tar of ``tar_size`` bytes; the kernel reads no others.
+
+    ``block`` is a power of two from 512 to 4,096: larger ones only for a tar whose files lie so. Raises `InvalidZtoc`
+    where a file does not lie in whole blocks inside the tar, as no tar's does, and `LimitExceeded` for what the format
+    has no room for: such a layer needs another way.
     """
     import numpy as np  # noqa: PLC0415  (see `soci.flat_bulk`)
 
-    nodes = _Nodes.of(tree, implied or {}, opaque)
+    nodes = _Nodes.of(tree, showing)
     _check(nodes, tar_size, block)
     area = _place(nodes, block)
     blocks, end = _data_blocks(area, block)
@@ -138,7 +144,7 @@ class _Nodes:
     xattrs: Mapping[int, bytes]  # the attributes as they follow the inode
 
     @classmethod
-    def of(cls, tree: LayerTree, implied: Mapping[int, Attributes], opaque: bytes) -> _Nodes:
+    def of(cls, tree: LayerTree, showing: Showing) -> _Nodes:
         import numpy as np  # noqa: PLC0415
 
         columns = tree.columns
@@ -148,24 +154,35 @@ class _Nodes:
 
         mode, uid, gid = (column(values, "I") for values in (columns.mode, columns.uid, columns.gid))
         seconds, nanoseconds = column(columns.mtime_s, "q"), column(columns.mtime_ns, "I")
-        for node, one in implied.items():
+        for node, one in showing.implied.items():
             mode[node], uid[node], gid[node] = stat.S_IFDIR | (one.mode & 0o7777), one.uid, one.gid
             seconds[node], nanoseconds[node] = divmod(max(0, one.mtime_ns), 10**9)
+        uid, gid = _mapped(uid, showing.uids), _mapped(gid, showing.gids)
         rdev = np.zeros(len(tree), np.int64)
         for node, number in columns.rdev.items():
             major, minor = os.major(number), os.minor(number)
             rdev[node] = minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
         kind = mode & 0o170000
         mode[kind == stat.S_IFLNK] |= 0o777  # Linux knows no other mode of a link, whatever its tar says
-        found = {**columns.xattrs, **{node: one.xattrs for node, one in implied.items()}}
+        found = {**columns.xattrs, **{node: one.xattrs for node, one in showing.implied.items()}}
         for node in columns.opaque:
-            found[node] = {**found.get(node, {}), opaque: b"y"}
+            found[node] = {**found.get(node, {}), showing.opaque: b"y"}
         return cls(
             tree, mode, kind, uid, gid, column(columns.nlink, "I"), column(columns.size, "q"),
             column(columns.data_offset, "q"), seconds, nanoseconds, rdev,
             (kind == stat.S_IFCHR) | (kind == stat.S_IFBLK),
             {node: encoded for node, own in sorted(found.items()) if (encoded := _xattrs(own))},
         )  # fmt: skip
+
+
+def _mapped(ids: Numbers, owners: IdMap | None) -> Numbers:
+    if owners is None:
+        return ids
+    import numpy as np  # noqa: PLC0415
+
+    known, places = np.unique(ids, return_inverse=True)
+    mapped: Numbers = np.array([owners.host(one) for one in known.tolist()], np.int64)[places]
+    return mapped
 
 
 def _check(nodes: _Nodes, tar_size: int, block: int) -> None:

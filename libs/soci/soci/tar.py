@@ -79,6 +79,10 @@ class TarWalker:
                 if entry is not None:
                     self._add(entry)
 
+    def skip(self) -> int:
+        """Pass over what is left of the member at hand, which says nothing of any other; how many bytes."""
+        return self._headers.skip(self._headers.data + self._headers.padding)
+
     def finish(self) -> int:
         """The tar's size, end-of-archive blocks included; `InvalidTar` where it stops in a member or header."""
         if self._buffer or not self._headers.may_end():

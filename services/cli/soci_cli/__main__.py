@@ -41,6 +41,8 @@ VERBS: Final = {
     "prefetch": ("soci_cli.prefetch", "List and show prefetch lists."),
     "rebuild-db": ("soci_cli.rebuild", "Build the artifacts database anew from the content store."),
     "launch": ("soci_cli.launch", "See how images were launched."),
+    "layers": ("soci_cli.layers", "See the layers that are mounted, and how."),
+    "cache": ("soci_cli.cache", "See, check and free the node's span cache."),
     "snapshots": ("soci_cli.snapshots", "See the node's snapshots; rebuild their table from the log."),
 }
 """Verb → the module whose ``command`` it is, and its line in the help."""

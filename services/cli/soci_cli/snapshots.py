@@ -51,7 +51,9 @@ def records(flags: Globals, *words: str) -> list[dict[str, Any]]:
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def ls_command(flags: Globals, *, quiet: bool, json_output: bool) -> None:
-    """List the snapshots below --root, oldest first; mode and size are how a committed one came, and its size then."""
+    """List the snapshots below --root, oldest first: how each committed one came, and its size, which is what the span
+    cache holds now where it is lazy, and as it was at the commit otherwise.
+    """
     found = records(flags, "ls")
     if json_output:
         print(indented(found))

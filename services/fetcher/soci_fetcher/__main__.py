@@ -3,13 +3,22 @@
 
 from __future__ import annotations
 
-from soci_bus.asks import FetchLayer, FetchSpans, FindIndex, PrepareLayer, ReadImageConfig
+import asyncio
+from contextlib import AsyncExitStack
+
+from soci_bus.asks import FetchLayer, FetchSpans, FindIndex, FreeCache, PrepareLayer, ReadImageConfig
+from soci_bus.in_use import layers_in_use
 from soci_bus.nats import connect
 from soci_cache import LayerStore
-from soci_fetcher.access import BusQuestion, host_book, logins, registry_settings, tell
+from soci_fetcher.access import BusQuestion, budget_folder, host_book, logins, registry_settings, tell
+from soci_fetcher.fill import Filler
 from soci_fetcher.finder import Finder
+from soci_fetcher.keeper import keeping
 from soci_fetcher.layers import LayerFetcher
 from soci_fetcher.links import Links
+from soci_fetcher.peers import peering
+from soci_fetcher.quiet import Quiet
+from soci_fetcher.source import RegistrySource
 from soci_fetcher.spans import SpanFetcher
 from soci_registry import Registry
 from soci_runtime.config import Config
@@ -26,15 +35,22 @@ async def run(config: Config, process: Process) -> None:
     async with (
         logins(config, question) as credentials,
         Registry(
-            settings=registry_settings(config), credentials=credentials, hosts=host_book(config), tell=tell
+            settings=registry_settings(config),
+            credentials=credentials,
+            hosts=host_book(config),
+            tell=tell,
+            budget=budget_folder(config),
         ) as registry,
+        AsyncExitStack() as last,
         Flights() as flights,
         connect(config.nats_url, node=config.node, name="soci-fetcher", trouble=trouble) as bus,
+        keeping(config.cache, bus, budget=config.cache_budget) as keeper,
+        AsyncExitStack() as doors,
     ):
         question.bus = bus
-        store = LayerStore(config.cache)
+        store = LayerStore(config.cache, room=keeper.make_room, told=keeper.told)
         links = Links()
-        spans = SpanFetcher(store, registry, bus.publish, flights, attempts=config.span_attempts, links=links)
+        origin = RegistrySource(registry, links)
         layers = LayerFetcher(
             store,
             registry,
@@ -44,6 +60,21 @@ async def run(config: Config, process: Process) -> None:
             max_downloads=config.max_downloads,
             max_downloads_per_image=config.max_downloads_per_image,
         )
+        source = await doors.enter_async_context(
+            peering(
+                config,
+                bus,
+                store=store,
+                registry=origin,
+                layers=layers,
+                flights=flights,
+                last=last,
+            )
+        )
+        quiet = Quiet(config.cache)
+        spans = SpanFetcher(
+            store, source, bus.publish, flights, attempts=config.span_attempts, quiet=quiet, seen=origin.seen
+        )
         ttl = config.index_failure_ttl
         finder = Finder(registry, flights, v1=config.soci_v1, v2=config.soci_v2, failure_ttl=ttl, links=links)
         await bus.serve(FindIndex, finder.find, queue=QUEUE)
@@ -51,8 +82,16 @@ async def run(config: Config, process: Process) -> None:
         await bus.serve(FetchSpans, spans.fetch, queue=QUEUE)
         await bus.serve(FetchLayer, layers.fetch, queue=QUEUE)
         await bus.serve(ReadImageConfig, layers.read_config, queue=QUEUE)
+        await bus.serve(FreeCache, keeper.free, queue=QUEUE)
         process.ready(node=config.node, cache=str(config.cache))
-        await process.stopping.wait()
+        async with asyncio.TaskGroup() as tasks:
+            filling = Filler(
+                spans, quiet, lambda: layers_in_use(bus), lambda: keeper.room, silence=config.silence_period
+            )
+            filler = None if config.background_fetch_disable else tasks.create_task(filling.run())
+            await process.stopping.wait()
+            if filler is not None:
+                filler.cancel()
 
 
 main = service_command("soci-fetcher", run)

@@ -29,7 +29,13 @@ from soci_runtime.logs import log
 LOGIN_SECONDS = 5.0
 """How long the snapshotter may take to say which login came with a pull; then the next source is asked."""
 
+BUDGET = "registries"
+"""The folder below the span cache's."""
+
 GOOD_NEWS = frozenset({"host used again", "source of logins back", "cluster's secrets followed", "kubeconfig awaited"})
+
+EACH_REQUEST = ("retrying request", "Received status code: ")
+"""How lines begin that may come with every request: they are for a search, at debug."""
 
 COMMON_RETRIES = Config().blob_max_retries
 """Where nobody has set how often ranges are tried, their time alone limits them."""
@@ -49,10 +55,17 @@ def registry_settings(config: Config) -> RegistrySettings:
         tries=config.max_retries + 1,
         min_wait=config.min_wait,
         max_wait=config.max_wait,
+        range_min_wait=config.blob_min_wait,
         range_max_wait=min(config.blob_max_wait, settings.range_max_wait),
         range_deadline=min(config.fetching_timeout, settings.range_deadline),
         login_seconds=config.auth_client_ttl,
+        connections_per_host=config.registry_concurrency,
     )
+
+
+def budget_folder(config: Config) -> Path:
+    """Where all fetchers of the node share what each registry may be asked at a time."""
+    return config.cache / BUDGET
 
 
 def host_book(config: Config) -> HostBook:
@@ -95,5 +108,8 @@ async def logins(config: Config, question: BusQuestion) -> AsyncIterator[Credent
 
 
 def tell(what: str, /, **facts: object) -> None:
-    """One line in the log for what an operator wants to know of mirrors and sources of logins."""
-    (log.info if what in GOOD_NEWS else log.warning)(what, **facts)
+    """One line in the log for what an operator wants to know of registries, mirrors and sources of logins."""
+    if what.startswith(EACH_REQUEST):
+        log.debug(what, **facts)
+    else:
+        (log.info if what in GOOD_NEWS else log.warning)(what, **facts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
@@ -20,7 +20,6 @@ from soci.inflate import inflate_stream
 from soci.span import Spans
 from soci_cache import LayerWriter
 from soci_fetcher.runs import RUN_BYTES
-from soci_registry import Repository
 from soci_runtime.flights import in_thread
 
 LARGE_BYTES = 64 << 20
@@ -42,50 +41,51 @@ def seconds_of(spans: Spans, span: int) -> float:
 
 
 async def bring(
-    repository: Repository,
+    read: Callable[[int, int], Awaitable[bytes]],
     writer: LayerWriter,
     span: int,
-    attempts: int,
+    how: tuple[int, int],
     reject: Callable[[int], None],
-) -> tuple[int, int]:
-    """Fetch, check and fill one span; how many requests and compressed bytes it took.
+) -> None:
+    """Fetch, check and fill one span.
 
-    ``reject`` hears of each try with wrong bytes. Raises `Mismatch` after ``attempts`` of them, `LimitExceeded` where
-    the disk is full, and what the registry raises.
+    ``read`` gives bytes [start, end) of the blob; ``how``: after how many tries with wrong bytes it is `Mismatch`, and
+    what the span is marked with; ``reject`` hears of each such try. Raises `LimitExceeded` where the disk is full, and
+    what ``read`` raises.
     """
+    attempts, mark = how
     start, end = writer.spans.compressed(span)
     promised = writer.spans.digest(span)
-    requests = 0
     with _disk(writer), tempfile.TemporaryFile(dir=writer.directory) as file:
-        for attempt in range(1, attempts + 1):
+        for _ in range(attempts):
             state = new_hash(promised)
             await in_thread(file.seek, 0)
             for at in range(start, end, RUN_BYTES):
-                piece = await repository.blob_range(writer.layer, at, min(at + RUN_BYTES, end))
-                requests += 1
+                piece = await read(at, min(at + RUN_BYTES, end))
                 state.update(piece)
                 await in_thread(file.write, piece)
             if state.hexdigest() == hex_of(promised):
-                await in_thread(_fill, writer, span, file)
-                return requests, attempt * (end - start)
+                await in_thread(_fill, writer, span, file, mark)
+                return
             reject(span)
     raise Mismatch(f"span {span} of {writer.layer} does not match its digest {promised} (after {attempts} tries)")
 
 
-def _fill(writer: LayerWriter, span: int, file: IO[bytes]) -> None:
+def _fill(writer: LayerWriter, span: int, file: IO[bytes], mark: int) -> None:
     if writer.present(span):
         return
     file.seek(0)
-    writer.fill_pieces(span, decompressed(writer, span, iter(lambda: file.read(READ_BYTES), b"")))
+    pieces = decompressed(writer, span, iter(lambda: file.read(READ_BYTES), b""))
+    writer.fill_pieces(span, pieces, mark, tail=True)
 
 
 def decompressed(writer: LayerWriter, span: int, chunks: Iterator[bytes] | tuple[memoryview]) -> Iterator[bytes]:
-    """A span's bytes in pieces, from its compressed ones, whose digest was checked.
+    """A span's bytes in pieces, from its compressed ones, whose digest was checked; the last one's with its padding.
 
     Where they do not inflate it is the zTOC's fault, and the error says so: the registry has no better ones.
     """
     try:
-        yield from inflate_stream(writer.ztoc, writer.spans, span, chunks)
+        yield from inflate_stream(writer.ztoc, writer.spans, span, chunks, tail=span == writer.spans.count - 1)
     except (InvalidInput, Mismatch, LimitExceeded) as error:
         raise type(error)(f"the zTOC of {writer.layer} is wrong: {error}") from error
 

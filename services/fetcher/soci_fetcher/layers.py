@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,6 +39,9 @@ CONFIG_LIMIT = 8 << 20
 WHOLE_STALE = 3600.0
 """Seconds after which a whole layer's file that nobody took is deleted."""
 
+ZtocSource = Callable[[PrepareLayer], Awaitable[bytes | None]]
+"""Gives a layer's zTOC, or None where it is in the cache by now."""
+
 
 class LayerFetcher:
     """Answers `PrepareLayer`, `FetchLayer` and `ReadImageConfig`. One a process."""
@@ -59,6 +62,7 @@ class LayerFetcher:
         self._registry = registry
         self._publish = publish
         self._scratch = scratch
+        self.ztocs: ZtocSource = self.ztoc  # a cluster's, where there is one
         permits = Permits(max_downloads, max_downloads_per_image)
         self._whole = WholeBlobs(registry, permits, chunk=download_chunk)
 
@@ -68,17 +72,25 @@ class LayerFetcher:
             return await in_thread(self._prepared, ask, None)
         except NotFound:
             pass
+        return await in_thread(self._prepared, ask, await self.ztocs(ask))
+
+    async def prepare_alone(self, ask: PrepareLayer, _context: Context) -> LayerPrepared:
+        """As `prepare`, from the registry whatever ``ztocs`` is: what another node asks of us goes no further."""
+        return await in_thread(self._prepared, ask, await self.ztoc(ask))
+
+    async def ztoc(self, ask: PrepareLayer) -> bytes:
+        """The zTOC from the registry; that it has its digest is checked, that it is the layer's is not yet."""
         if not 0 < ask.ztoc_size <= ZTOC_LIMIT:
             raise LimitExceeded(f"zTOC {ask.ztoc} of {ask.ztoc_size} bytes; at most {ZTOC_LIMIT} are allowed")
         content = await self._registry.repository(ask.image).blob(ask.ztoc, limit=ask.ztoc_size)
         if len(content) != ask.ztoc_size:
             raise Mismatch(f"zTOC {ask.ztoc} has {len(content)} bytes, not {ask.ztoc_size} as its index says")
-        return await in_thread(self._prepared, ask, content)
+        return content
 
     def _prepared(self, ask: PrepareLayer, content: bytes | None) -> LayerPrepared:
         if content is not None:
             _check_size(parse_ztoc(content), ask)  # before there is a folder of it
-        with self._store.prepare(ask.layer, ask.ztoc, content) as reader:
+        with self._store.prepare(ask.layer, ask.ztoc, content, ask.diff_id) as reader:
             _check_size(reader.ztoc, ask)
             return LayerPrepared(str(reader.directory), reader.spans.count, reader.present_count())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests bring which spans. Pure."""
+"""Requests for neighbouring spans: how large they get, and whose bytes an answer holds. Pure."""
 
 from __future__ import annotations
 
@@ -10,22 +10,6 @@ from soci.span import Spans
 RUN_BYTES = 16 << 20
 """Compressed bytes of one range request: large enough to fill a fast link, small enough that a miss inside it waits
 little and a retry repeats little."""
-
-
-def runs(missing: list[int], spans: Spans) -> Iterator[range]:
-    """Neighbouring spans of ``missing`` (ascending) as runs of at most `RUN_BYTES`, each at least one span."""
-    run: range | None = None
-    for span in missing:
-        if run is not None and span == run.stop:
-            size = spans.compressed(span)[1] - spans.compressed(run.start)[0]
-            if size <= RUN_BYTES:
-                run = range(run.start, span + 1)
-                continue
-        if run is not None:
-            yield run
-        run = range(span, span + 1)
-    if run is not None:
-        yield run
 
 
 def cut(run: range, spans: Spans, content: bytes) -> Iterator[tuple[int, memoryview]]:

@@ -183,7 +183,7 @@ class _Chunks:
                 if start is None:
                     return
                 end = min(start + self._chunk, blob.size)
-                content = await blob.repository.blob_range(blob.layer, start, end, deadline=CHUNK_SECONDS)
+                content = await blob.repository.blob_range(blob.layer, start, end, deadline=CHUNK_SECONDS, urgent=False)
             blob.check_wanted()
             await in_thread(blob.writer.write, start, content)
             self._behind.add(start)

@@ -56,7 +56,9 @@ async def run(config: Config, process: Process) -> None:
             facts = {}
             if config.webhook_address:
                 address, token, name = config.webhook_address, config.webhook_token, config.webhook_registry
-                bound = await stack.enter_async_context(listening(address, token, name, bus.submit))
+                least = config.webhook_min_layer_size
+                hook = listening(address, token, name, bus.submit, min_layer_size=least)
+                bound = await stack.enter_async_context(hook)
                 facts["webhook"] = str(bound)
             process.ready(node=config.node, **facts)
             await process.stopping.wait()

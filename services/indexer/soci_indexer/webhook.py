@@ -68,10 +68,11 @@ def parse_address(text: str) -> Address:
 class Webhook:
     """Answers ``POST /notifications``. ``submit`` puts a job on the queue, and raises `SociError` where it cannot."""
 
-    def __init__(self, submit: Submit, *, token: str, registry: str) -> None:
+    def __init__(self, submit: Submit, *, token: str, registry: str, min_layer_size: int) -> None:
         self._submit = submit
         self._token = token.encode()
         self._registry = registry
+        self._min_layer_size = min_layer_size
         self._under_way = 0
 
     async def answer(self, request: web.Request) -> web.Response:
@@ -95,7 +96,8 @@ class Webhook:
             told = parse_notification(body, self._registry)
             async with asyncio.timeout(SUBMIT_SECONDS):
                 for pushed in told.pushed:
-                    await self._submit(BuildIndex(pushed.image, by="webhook"), pushed.job_id)
+                    job = BuildIndex(pushed.image, min_layer_size=self._min_layer_size, by="webhook")
+                    await self._submit(job, pushed.job_id)
         except web.HTTPRequestEntityTooLarge:
             return _refuse(413, f"a notification has at most {MAX_BODY_BYTES} bytes")
         except TimeoutError:
@@ -122,8 +124,11 @@ def _refuse(status: int, text: str, headers: dict[str, str] | None = None) -> we
 
 
 @asynccontextmanager
-async def listening(address: str, token: str, registry: str, submit: Submit) -> AsyncIterator[Address]:
-    """Listen while the block runs; the address is the real one, its port included.
+async def listening(
+    address: str, token: str, registry: str, submit: Submit, *, min_layer_size: int
+) -> AsyncIterator[Address]:
+    """Listen while the block runs; the address is the real one, its port included. Layers with fewer bytes than
+    ``min_layer_size`` get no zTOC.
 
     Raises `InvalidConfig` for an address that is none, and for one that others reach where there is no token;
     `Unavailable` where it cannot be bound.
@@ -131,7 +136,7 @@ async def listening(address: str, token: str, registry: str, submit: Submit) -> 
     wanted = parse_address(address)
     if not wanted.local and not token:
         raise InvalidConfig(f"webhook_address {address} is reached from elsewhere: set webhook_token too")
-    webhook = Webhook(submit, token=token, registry=registry)
+    webhook = Webhook(submit, token=token, registry=registry, min_layer_size=min_layer_size)
     application = web.Application(client_max_size=MAX_BODY_BYTES)
     application.router.add_post(PATH, webhook.answer)
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=CLOSE_SECONDS)

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Protocol
 
 from soci.idmap import IdMap
+from soci.toc_time import NS
 from soci.tree import LayerTree, Node
 from soci_mounter import numbers
+from soci_mounter.state import DIRECTORY, DIRECTORY_MODE, FILE_MODE, State
 
 BLOCK = 4096
 OPAQUE = b"trusted.overlay.opaque"
@@ -98,6 +100,26 @@ class Shown:
     content: Content
     inherited: Mapping[int, Inherited]
     manner: Manner
+    state: State | None  # what its hidden directory has
+
+    def look(self, node: int) -> State | None:
+        """What is hidden here, if ``node`` is of that; ENOENT where nothing is hidden. None: it is the tree's."""
+        if node < numbers.STATE:
+            return None
+        if self.state is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return self.state
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """An open file whose bytes are known."""
+
+    content: bytes
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """See `Handle`."""
+        return self.content[offset : offset + length]
 
 
 class FileSystem:
@@ -115,20 +137,21 @@ class FileSystem:
 
     # --- what is shown ---
 
-    def show(
+    def show(  # noqa: PLR0913, PLR0917  all that a mount is
         self,
         name: str,
         tree: LayerTree,
         content: Content,
         inherited: Mapping[int, Inherited],
         manner: Manner = PLAIN,
+        state: State | None = None,
     ) -> int:
         """Add a directory to the root and return its slot. The name must not be shown already."""
         key = os.fsencode(name)
         if key in self._names:
             raise FileExistsError(errno.EEXIST, f"mount {name!r} is shown already")
         slot = self._slots.take()
-        self._shown[slot] = Shown(slot, name, tree, content, dict(inherited), manner)
+        self._shown[slot] = Shown(slot, name, tree, content, dict(inherited), manner, state)
         self._names[key] = slot
         return slot
 
@@ -147,7 +170,13 @@ class FileSystem:
             slot = self._names.get(name)
             return None if slot is None else self._attributes(self._shown[slot], 0)
         shown, node_id = self._find(parent)
-        child = shown.tree.lookup(node_id, name)
+        child: int | None
+        if hidden := shown.look(node_id):
+            child = numbers.STATE_FILE if (node_id, name) == (numbers.STATE, hidden.name) else None
+        elif (node_id, name) == (0, DIRECTORY) and shown.state:
+            child = numbers.STATE
+        else:
+            child = shown.tree.lookup(node_id, name)
         return None if child is None else self._attributes(shown, child)
 
     def getattr(self, ino: int) -> Attributes:
@@ -161,10 +190,16 @@ class FileSystem:
         number = next(self._next_handle)
         if ino != numbers.ROOT:
             shown, node_id = self._find(ino)
-            if not shown.tree.is_directory(node_id):
+            children: Sequence[tuple[bytes, int]]
+            hidden = shown.look(node_id)
+            if hidden and node_id == numbers.STATE:
+                children = [(hidden.name, numbers.STATE_FILE)]
+            elif not hidden and shown.tree.is_directory(node_id):
+                # The tree makes a fresh list a call, and a large directory is read in many.
+                children = shown.tree.children(node_id)
+            else:
                 raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            # The tree makes a fresh list a call, and a large directory is read in many.
-            self._listings[number] = shown, node_id, shown.tree.children(node_id)
+            self._listings[number] = shown, node_id, children
         return number
 
     def readdir(self, handle: int, cookie: int) -> Iterator[tuple[bytes, Attributes, int]]:
@@ -194,8 +229,7 @@ class FileSystem:
     def readlink(self, ino: int) -> bytes:
         """A symbolic link's target, verbatim."""
         shown, node_id = self._find(ino)
-        node = shown.tree.node(node_id)
-        if not stat.S_ISLNK(node.mode):
+        if shown.look(node_id) or not stat.S_ISLNK((node := shown.tree.node(node_id)).mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return node.target
 
@@ -203,8 +237,8 @@ class FileSystem:
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
         """One extended attribute; ENODATA where it is not set."""
-        if ino != numbers.ROOT:
-            shown, node_id = self._find(ino)
+        shown, node_id = self._find(ino) if ino != numbers.ROOT else (None, 0)
+        if shown and not shown.look(node_id):
             if name == shown.manner.opaque:
                 if shown.tree.node(node_id).opaque:
                     return OPAQUE_YES
@@ -217,6 +251,8 @@ class FileSystem:
         if ino == numbers.ROOT:
             return []
         shown, node_id = self._find(ino)
+        if shown.look(node_id):
+            return []
         opaque = [shown.manner.opaque] if shown.tree.node(node_id).opaque else []
         return [*opaque, *self._xattrs(shown, node_id)]
 
@@ -227,10 +263,12 @@ class FileSystem:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         shown, node_id = self._find(ino)
-        node = shown.tree.node(node_id)
-        if not stat.S_ISREG(node.mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         number = next(self._next_handle)
+        if (hidden := shown.look(node_id)) and node_id == numbers.STATE_FILE:
+            self._handles[number] = Said(hidden.content())
+            return number
+        if hidden or not stat.S_ISREG((node := shown.tree.node(node_id)).mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._handles[number] = shown.content.open(shown.name, node_id, node)
         return number
 
@@ -254,14 +292,14 @@ class FileSystem:
     def _find(self, ino: int) -> tuple[Shown, int]:
         slot, node_id = numbers.split(ino)
         shown = self._shown.get(slot)
-        if shown is None or node_id >= len(shown.tree):
+        if shown is None or len(shown.tree) <= node_id < numbers.STATE:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return shown, node_id
 
     def _parent(self, shown: Shown, node_id: int) -> Attributes:
         if node_id == 0:
             return self.getattr(numbers.ROOT)
-        return self._attributes(shown, shown.tree.parent(node_id))
+        return self._attributes(shown, 0 if shown.look(node_id) else shown.tree.parent(node_id))
 
     @staticmethod
     def _xattrs(shown: Shown, node_id: int) -> Mapping[bytes, bytes]:
@@ -270,13 +308,18 @@ class FileSystem:
 
     @staticmethod
     def _attributes(shown: Shown, node_id: int) -> Attributes:
-        node = shown.tree.node(node_id)
         ino = numbers.inode(shown.slot, node_id)
+        if hidden := shown.look(node_id):
+            if node_id == numbers.STATE:
+                return Attributes(ino, DIRECTORY_MODE, 2, 0, 0, 0, 0, 0)
+            return Attributes(ino, FILE_MODE, 1, 0, 0, 0, len(hidden.content()), 0)
+        columns = shown.tree.columns  # not a `Node`: a listing would make one an entry
         inherited = shown.inherited.get(node_id)
         if inherited is not None:
             mode, uid, gid, mtime_ns = inherited.mode, inherited.uid, inherited.gid, inherited.mtime_ns
         else:
-            mode, uid, gid, mtime_ns = node.mode, node.uid, node.gid, node.mtime_ns
+            mode, uid, gid = columns.mode[node_id], columns.uid[node_id], columns.gid[node_id]
+            mtime_ns = columns.mtime_s[node_id] * NS + columns.mtime_ns[node_id]
         if not 0 <= mtime_ns <= LATEST_NS:
             mtime_ns = 0
         if stat.S_ISLNK(mode):
@@ -286,4 +329,5 @@ class FileSystem:
             uid = manner.uids.host(uid)
         if manner.gids is not None:
             gid = manner.gids.host(gid)
-        return Attributes(ino, mode, node.nlink, uid, gid, node.rdev, node.size, mtime_ns)
+        nlink, size = columns.nlink[node_id], columns.size[node_id]
+        return Attributes(ino, mode, nlink, uid, gid, columns.rdev.get(node_id, 0), size, mtime_ns)

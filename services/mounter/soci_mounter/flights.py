@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outstanding fetches of one layer's spans: whoever needs a span that is under way waits for the same *flight*.
 
+Only read-ahead is not waited for: who needs its spans says so in an ask of his own, for a fetcher brings first what
+readers wait for, and nothing twice.
+
 A flight covers a run of neighbouring spans and tries until they are here or until the latest deadline of those who
 wait for it has passed. Every error is tried again, whatever its kind: a registry that answers nonsense now may be
 healed before the reader's time is over, and nothing of a failure is remembered after it.
@@ -18,7 +21,7 @@ from typing import Protocol
 from soci.errors import DeadlineExceeded, SociError, Unavailable
 from soci.launch import TraceParent
 
-ASK_TIMEOUT = 20.0
+ASK_TIMEOUT = 5.0
 """Seconds that one ask may take; after it the spans are looked at again, and what is still absent is asked anew. A
 fetcher that was killed holds its reader up for no longer than this."""
 FIRST_PAUSE = 0.1
@@ -27,8 +30,6 @@ LONGEST_PAUSE = 2.0
 JITTER = 0.25
 AHEAD_FLIGHTS = 8
 """Read-ahead flights of one layer at once; more are not started."""
-AHEAD_RUN = 4
-"""Spans of one read-ahead flight: whoever comes to need the first of them waits for all."""
 
 MISS = "miss"
 READ_AHEAD = "read-ahead"
@@ -44,7 +45,10 @@ class Spans(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """One ask for spans ``first``..``last``, both included. ``attempt`` counts a flight's tries from 0."""
+    """One ask for spans ``first``..``last``, both included; ``ahead`` more behind them are wanted, and not waited for.
+
+    ``attempt`` counts a flight's tries from 0.
+    """
 
     first: int
     last: int
@@ -52,6 +56,7 @@ class Want:
     attempt: int
     timeout: float
     trace: TraceParent | None
+    ahead: int = 0
 
 
 Fetch = Callable[[Want], Awaitable[None]]
@@ -67,6 +72,7 @@ class _Flight:
     why: str
     deadline: float
     trace: TraceParent | None
+    ahead: int = 0
     failed: SociError | None = None  # what the newest try raised
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -110,26 +116,29 @@ class Flights:
             await asyncio.wait([flight.done for flight in flights], timeout=left)
             error = next((flight.failed for flight in flights if flight.failed), error)
 
-    def begin(self, wanted: range, deadline: float, trace: TraceParent | None = None) -> list[int]:
-        """Have a flight under way for each absent span of ``wanted``; returns the absent spans."""
+    def begin(self, wanted: range, deadline: float, trace: TraceParent | None = None, ahead: int = 0) -> list[int]:
+        """Have a flight under way for each absent span of ``wanted``; returns the absent spans.
+
+        A flight for its last span asks for the ``ahead`` spans behind it, too.
+        """
         if self._closed:
             raise Unavailable("the layer is being unmounted")
         missing = self._spans.missing(wanted)
-        for first, last in runs(span for span in missing if span not in self._by_span):
-            self._start(_Flight(first, last, MISS, deadline, trace))
+        for first, last in runs(span for span in missing if not self._needed(span)):
+            self._start(_Flight(first, last, MISS, deadline, trace, ahead if last == wanted[-1] else 0))
         for span in missing:
             flight = self._by_span[span]
             flight.deadline = max(flight.deadline, deadline)
         return missing
 
-    def ahead(self, spans: range, deadline: float, trace: TraceParent | None = None) -> None:
-        """Fetch what is absent of ``spans`` in the background, if not too much is under way; one try."""
+    def ahead(self, spans: range, deadline: float, trace: TraceParent | None = None) -> bool:
+        """Fetch what is absent of ``spans`` in the background; one try. False where too much is under way for that."""
         missing = [span for span in self._spans.missing(spans) if span not in self._by_span]
         for first, last in runs(missing):
-            for start in range(first, last + 1, AHEAD_RUN):
-                if self._ahead >= AHEAD_FLIGHTS or self._closed:
-                    return
-                self._start(_Flight(start, min(start + AHEAD_RUN - 1, last), READ_AHEAD, deadline, trace))
+            if self._ahead >= AHEAD_FLIGHTS or self._closed:
+                return False
+            self._start(_Flight(first, last, READ_AHEAD, deadline, trace))
+        return True
 
     async def close(self) -> None:
         """Give up all flights; who waits for one gets `Unavailable`."""
@@ -137,6 +146,10 @@ class Flights:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _needed(self, span: int) -> bool:
+        flight = self._by_span.get(span)
+        return flight is not None and flight.why == MISS
 
     def _start(self, flight: _Flight) -> None:
         for span in range(flight.first, flight.last + 1):
@@ -166,7 +179,9 @@ class Flights:
                 return
             left = flight.deadline - loop.time()
             timeout = max(min(ASK_TIMEOUT, left), FIRST_PAUSE)
-            want = Want(missing[0], missing[-1], flight.why, attempt, timeout, flight.trace)
+            want = Want(
+                missing[0], missing[-1], flight.why, attempt, timeout, flight.trace, 0 if attempt else flight.ahead
+            )
             flight.failed = await self._try(want)
             left = flight.deadline - loop.time()
             if flight.failed is None or flight.why == READ_AHEAD or left <= 0:

@@ -91,8 +91,9 @@ def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
     entry.st_blocks = -(-attributes.size // BLOCK) * (BLOCK // 512)
     entry.st_atime_ns = entry.st_ctime_ns = entry.st_mtime_ns = attributes.mtime_ns
     # Entries of the root are the roots of layers, which come and go; the root's own attributes change with them.
-    entry.entry_timeout = FOREVER if numbers.split(attributes.ino)[1] else ROOT_TTL
-    entry.attr_timeout = ROOT_TTL if attributes.ino == numbers.ROOT else FOREVER
+    node = numbers.split(attributes.ino)[1]
+    entry.entry_timeout = FOREVER if node else ROOT_TTL
+    entry.attr_timeout = ROOT_TTL if attributes.ino == numbers.ROOT or node == numbers.STATE_FILE else FOREVER
     return entry
 
 
@@ -144,11 +145,16 @@ class FuseOperations(pyfuse3.Operations):
 
     @border
     async def open(self, ino: int, flags: int, _context: object) -> pyfuse3.FileInfo:
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(self._filesystem.open(ino, flags)), keep_cache=True)
+        handle = pyfuse3.FileHandleT(self._filesystem.open(ino, flags))
+        said = numbers.split(ino)[1] == numbers.STATE_FILE  # its content changes
+        return pyfuse3.FileInfo(fh=handle, keep_cache=not said, direct_io=said)
 
     @border
     async def read(self, handle: int, offset: int, length: int) -> bytes:
-        return await self._filesystem.read(handle, offset, length)
+        try:
+            return await self._filesystem.read(handle, offset, length)
+        except NotFound:  # the registry's or the cache's: the file itself is there
+            raise pyfuse3.FUSEError(errno.EIO) from None
 
     @border
     async def release(self, handle: int) -> None:

@@ -8,30 +8,44 @@ header right before them is compared with its entry: content under a wrong name 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from soci.entries import Entries
-from soci.errors import Mismatch, SociError
+from soci.errors import FailedPrecondition, Mismatch, SociError
 from soci.tar import BLOCK, MAX_PAYLOAD_BYTES, TarWalker
 from soci.toc import TocEntry
 from soci.toc_time import parse_rfc3339_ns
+from soci_mounter.numbers import compact
 
 HEADER_LIMIT = 4 * MAX_PAYLOAD_BYTES
 """Bytes of one member's header: extended records, long name and long link target, and their blocks."""
-_XATTR_RECORD = b"SCHILY.xattr."
+XATTR_RECORD = b"SCHILY.xattr."
 
 
 class Headers:
-    """The headers of one layer's members."""
+    """The headers of one layer's members. Their places are always known, their entries after `ready`."""
 
-    def __init__(self, entries: Sequence[TocEntry]) -> None:
-        self._entries = Entries.of(entries)  # columns: no member is made before somebody reads it
-        self._offsets = self._entries.offsets
+    def __init__(self, entries: Sequence[TocEntry], load: Callable[[], Awaitable[Entries]] | None = None) -> None:
+        """``load`` brings the entries again after `forget`, without which they stay."""
+        self._load = load
+        known = Entries.of(entries)  # columns: no member is made before somebody reads it
+        self._entries: Entries | None = known
+        self._offsets, self._sizes = compact(known.offsets), compact(known.sizes)
 
     @classmethod
     def of(cls, entries: Sequence[TocEntry]) -> Headers:
         """For a layer's members in tar order."""
         return cls(entries)
+
+    async def ready(self) -> None:
+        """Have the entries; raises what loading them raises."""
+        if self._entries is None and self._load:
+            self._entries = await self._load()
+
+    def forget(self) -> None:
+        """Let go of the entries, until `ready`."""
+        if self._load:
+            self._entries = None
 
     def place(self, data_offset: int) -> tuple[int, int]:
         """``(start, end)`` in the uncompressed tar of the header of the member whose data is at ``data_offset``.
@@ -41,14 +55,15 @@ class Headers:
         index = self._index(data_offset)
         start = 0
         if index:
-            before = self._entries[index - 1]
-            start = -(-(before.offset + before.size) // BLOCK) * BLOCK
+            start = -(-(self._offsets[index - 1] + self._sizes[index - 1]) // BLOCK) * BLOCK
         if not BLOCK <= data_offset - start <= HEADER_LIMIT:
             raise Mismatch(f"a tar header of {data_offset - start} bytes before {data_offset}")
         return start, data_offset
 
     def check(self, data_offset: int, header: bytes) -> None:
         """Compare the header of the member whose data is at ``data_offset`` with its entry; raises `Mismatch`."""
+        if self._entries is None:
+            raise FailedPrecondition("the layer's entries were forgotten")
         promised = self._entries[self._index(data_offset)]
         walker = TarWalker(compat=True)
         try:
@@ -80,5 +95,5 @@ def _facts(entry: TocEntry) -> dict[str, object]:
         "owner": (entry.uid, entry.gid),
         "device": (entry.devmajor, entry.devminor),
         "mtime": parse_rfc3339_ns(entry.mod_time),
-        "xattrs": {key: value for key, value in entry.pax.items() if key.startswith(_XATTR_RECORD)},
+        "xattrs": {key: value for key, value in entry.pax.items() if key.startswith(XATTR_RECORD)},
     }

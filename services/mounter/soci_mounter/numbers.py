@@ -8,6 +8,9 @@ what the kernel still remembers of an unmounted layer can therefore never mean a
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+
 from soci.errors import LimitExceeded
 
 ROOT = 1  # FUSE_ROOT_ID: the directory that holds one directory a layer
@@ -15,6 +18,10 @@ NODE_BITS = 32
 MAX_NODE = (1 << NODE_BITS) - 1
 # overlayfs with xino keeps the upper bits of an inode number for itself; it needs a handful, this leaves it eight.
 MAX_SLOT = (1 << 24) - 1
+
+
+STATE, STATE_FILE = MAX_NODE - 1, MAX_NODE
+"""Nodes that no tree has: a layer's hidden directory, and the file in it (`soci_mounter.state`)."""
 
 
 def inode(slot: int, node: int) -> int:
@@ -25,6 +32,12 @@ def inode(slot: int, node: int) -> int:
 def split(ino: int) -> tuple[int, int]:
     """``(slot, node)`` of an inode number. `ROOT` and other numbers that no layer owns have slot 0."""
     return ino >> NODE_BITS, ino & MAX_NODE
+
+
+def compact(values: Sequence[int]) -> array[int]:
+    """Numbers in as little memory as an array takes: what is held of each mounted layer is many of them."""
+    small = min(values, default=0) >= 0 and max(values, default=0) <= MAX_NODE
+    return array("I" if small else "q", values)
 
 
 class Slots:

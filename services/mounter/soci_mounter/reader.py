@@ -12,7 +12,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from soci.digest import Digest
 from soci.errors import Mismatch, SociError, Unavailable
@@ -20,12 +20,23 @@ from soci.launch import TraceParent
 from soci.tree import Node
 from soci_cache import LayerReader
 from soci_mounter.flights import Fetch, Flights, Trouble
+from soci_mounter.guess import Guesses
 from soci_mounter.headers import Headers
 
-FIRST_WINDOW = 2
-LONGEST_WINDOW = 16
-"""Spans that are fetched ahead of a read, within its file: doubled, from first to longest, while the file is read in
-order."""
+SMALL_FILE = 4 << 20
+"""Bytes of a file that is fetched whole as soon as any of it is missed."""
+LONGEST_AHEAD = 128 << 20
+"""Bytes that are fetched ahead of a read, at most: as many as the file was read in order, so that who reads here and
+there fetches nothing for nobody, and who reads on soon has the link to himself."""
+SURE_STRETCH = 8 << 20
+SURE_TIMES = 4
+"""After so many bytes in order it is sure that the file is read on: from then on so many times as many are fetched."""
+LEAST_STRETCH = 512 << 10
+"""Bytes read in order that are no sign yet of more: the kernel itself reads on a little after each page."""
+SLACK = 1 << 20
+"""Bytes that a read may begin before or after the end of the last one and be in order: the kernel sends several."""
+AHEAD_ASK = 16 << 20
+"""Compressed bytes of one ask for spans ahead: several fetchers may share the work."""
 EVICTION_TRIES = 8
 """Times that one read looks again after its spans were evicted under its hands."""
 REPEAT = 1.0
@@ -33,7 +44,9 @@ LAST_CHANCE = 2.0
 """The kernel answers a failed read-ahead by asking once more for the page that its reader waits for. A read that comes
 within `REPEAT` seconds of one that failed at the same place therefore gets `LAST_CHANCE` seconds and not the whole
 deadline again: time enough to see that the cause is gone."""
-_NEVER = 1 << 62
+NO_CHANCE = 0.002
+"""Where the last chance has failed too, EROFS asks for the other pages of the range, one by one. Within `REPEAT`
+seconds each gets so many, for one reader waits for them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +81,20 @@ class LayerContent:
         """``headers`` None leaves tar headers unchecked."""
         self.reader = reader
         self.seams = seams
-        self.flights = Flights(reader, fetch, seams.trouble)
+        self.flights = Flights(self, fetch, seams.trouble)
+        self.guesses = Guesses()
         self._headers = headers
         self._checked: set[int] = set()  # nodes whose tar header agrees with the table of contents
         self.closed = False
+
+    def missing(self, spans: range) -> list[int]:
+        """Those of ``spans`` that are absent."""
+        return self.reader.missing(spans)
+
+    def renew(self, reader: LayerReader) -> None:
+        """Read from this one from now on: the other's files are gone."""
+        old, self.reader = self.reader, reader
+        old.close()
 
     def open(self, mount: str, node_id: int, node: Node) -> FileHandle:
         """A handle on a regular file."""
@@ -88,8 +111,32 @@ class LayerContent:
         if self._headers is None or handle.node_id in self._checked:
             return
         start, end = self._headers.place(handle.node.data_offset)
-        self._headers.check(handle.node.data_offset, await self.get(start, end - start, handle, deadline))
+        header = await self.get(start, end - start, handle, deadline)
+        await self._headers.ready()
+        self._headers.check(handle.node.data_offset, header)
         self._checked.add(handle.node_id)
+
+    def header_spans(self, handle: FileHandle) -> range:
+        """The spans of the file's tar header, where it is yet to be checked."""
+        if self._headers is None or handle.node_id in self._checked:
+            return range(0)
+        start, end = self._headers.place(handle.node.data_offset)
+        return self.covering(start, end - start)
+
+    def asks(self, spans: range) -> list[range]:
+        """``spans`` cut into asks of about `AHEAD_ASK`."""
+        found: list[range] = []
+        sizes = self.reader.spans.compressed
+        for span in spans:
+            if found and sizes(span)[1] - sizes(found[-1].start)[0] <= AHEAD_ASK:
+                found[-1] = range(found[-1].start, span + 1)
+            else:
+                found.append(range(span, span + 1))
+        return found
+
+    def guess(self, spans: range) -> int:
+        """How many spans behind these, which are missed, are worth to be fetched along."""
+        return self.guesses.behind(spans, self.reader.missing, self.reader.spans.count)
 
     def covering(self, start: int, length: int) -> range:
         """The spans of these bytes of the tar, at least one; `Mismatch` where the layer has no such bytes."""
@@ -103,9 +150,8 @@ class LayerContent:
         for _ in range(EVICTION_TRIES):
             if self.reader.missing(spans):
                 await self._wait(spans, length, handle, deadline)
-            data = self.reader.pread(length, start)
-            # Whoever evicts a span takes its mark away first: bytes read under a mark that still stands are right.
-            if len(data) == length and not self.reader.missing(spans):
+            data = self.reader.get(length, start, spans)
+            if data is not None:
                 return data
         raise Unavailable(f"spans {spans.start} to {spans.stop - 1} are evicted as fast as they are fetched")
 
@@ -128,20 +174,50 @@ class LayerContent:
         tell(None)
 
 
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A read that failed: its range in the file, when (the loop's clock), and whether its last chance has, too."""
+
+    start: int
+    end: int
+    at: float
+    twice: bool = False
+
+    def meets(self, offset: int, length: int, now: float) -> bool:
+        """Whether a read now is a repetition of it."""
+        return now - self.at <= REPEAT and offset < self.end and self.start < offset + length
+
+    def again(self, offset: int, length: int, now: float) -> Failed:
+        """What is known after a read that was begun at ``now`` has failed, too."""
+        if not self.meets(offset, length, now):
+            return Failed(offset, offset + length, now)
+        return self if self.twice else Failed(self.start, self.end, now, twice=True)
+
+
+NEVER = Failed(0, 0, 0.0)
+
+
+def patience(failed: Failed, offset: int, length: int, now: float, whole: float) -> float:
+    """Seconds that a read may take, of the ``whole`` deadline."""
+    if not failed.meets(offset, length, now):
+        return whole
+    return min(NO_CHANCE if failed.twice else LAST_CHANCE, whole)
+
+
 class FileHandle:
     """One open file: what it is, and how it was read so far."""
 
-    __slots__ = ("_ahead_at", "_content", "_failed", "_last", "_window", "mount", "node", "node_id")
+    __slots__ = ("_asked", "_content", "_failed", "_from", "_next", "mount", "node", "node_id")
 
     def __init__(self, content: LayerContent, mount: str, node_id: int, node: Node) -> None:
         self._content = content
         self.mount = mount
         self.node_id = node_id
         self.node = node
-        self._last = -2  # the last span of the newest read
-        self._window = FIRST_WINDOW
-        self._failed = (0, 0, 0.0)  # start and end of the read that failed last, and when
-        self._ahead_at = _NEVER  # reading this span starts the next read-ahead
+        self._from = 0  # since here it has been read in order
+        self._next = 0  # the end of the newest read
+        self._asked = 0  # the end of what was asked for ahead, while in order
+        self._failed = NEVER
 
     async def read(self, offset: int, length: int) -> bytes:
         """The file's bytes at ``offset``, cut at its end. Raises `SociError`, or ESTALE after an unmount."""
@@ -152,39 +228,51 @@ class FileHandle:
         if length <= 0:
             return b""
         now = asyncio.get_running_loop().time()
-        deadline = now + self._patience(offset, length, now)
+        deadline = now + patience(self._failed, offset, length, now, content.seams.deadline)
         try:
             start = self.node.data_offset + offset
             spans = content.covering(start, length)
-            missing = content.reader.missing(spans)
-            if missing or spans[-1] >= self._ahead_at:
-                self._read_ahead(spans, deadline)
-            self._last = spans[-1]
+            self._begin(offset, length, spans, deadline)
             await content.check_header(self, deadline)
             return await content.get(start, length, self, deadline)
         except OSError as error:
             raise SociError(f"the span cache cannot be read: {error}") from error
         except SociError as error:
-            self._failed = offset, offset + length, asyncio.get_running_loop().time()
+            again = self._failed.again(offset, length, now)
+            self._failed = again if again is self._failed else replace(again, at=asyncio.get_running_loop().time())
             content.seams.trouble(f"reading {os.fsdecode(self.node.first_name)} of mount {self.mount} failed", error)
             raise
 
-    def _patience(self, offset: int, length: int, now: float) -> float:
-        """Seconds that a read may take."""
-        start, end, failed = self._failed
-        whole = self._content.seams.deadline
-        if now - failed <= REPEAT and offset < end and start < offset + length:
-            return min(LAST_CHANCE, whole)
-        return whole
-
-    def _read_ahead(self, spans: range, deadline: float) -> None:
-        """Have the read's own spans under way first, and then those that the file goes on to."""
+    def _begin(self, offset: int, length: int, spans: range, deadline: float) -> None:
+        """Have what the read needs under way, its file's header as well, and what the file goes on to."""
         content = self._content
-        in_order = spans[0] in (self._last, self._last + 1)
-        self._window = min(self._window * 2, LONGEST_WINDOW) if in_order else FIRST_WINDOW
+        end = self._ahead_to(offset, length)
         trace = content.seams.traces.get(self.mount)
-        content.flights.begin(spans, deadline, trace)
-        end_of_file = content.covering(self.node.data_offset + self.node.size - 1, 1)[-1]
-        end = min(spans[-1] + self._window, end_of_file)
-        self._ahead_at = spans[-1] + 1 if end > spans[-1] else _NEVER
-        content.flights.ahead(range(spans[-1] + 1, end + 1), deadline, trace)
+        further: list[range] = []
+        if end > self._asked:
+            covering = content.covering(self.node.data_offset + offset, end - offset)
+            further = content.asks(range(spans.stop, covering.stop))
+        if content.reader.missing(spans):
+            header = content.header_spans(self)
+            wanted = range(min(header.start, spans.start), spans.stop) if header.stop >= spans.start else spans
+            if wanted is spans and header:
+                content.flights.begin(header, deadline, trace)
+            along = len(further.pop(0)) if further else content.guess(spans)
+            content.flights.begin(wanted, deadline, trace, along)
+        content.guesses.read(spans)
+        if all(content.flights.ahead(ask, deadline, trace) for ask in further):
+            self._asked = max(self._asked, end)
+
+    def _ahead_to(self, offset: int, length: int) -> int:
+        """Up to where the file is to be fetched, now that it is read here."""
+        if not self._next - SLACK <= offset <= self._next + SLACK:
+            self._from, self._next, self._asked = offset, offset, 0
+        self._next = max(self._next, offset + length)
+        if self.node.size <= SMALL_FILE:
+            return self.node.size
+        stretch = self._next - self._from
+        if stretch < LEAST_STRETCH:
+            return self._next
+        ahead = min(stretch * (SURE_TIMES if stretch >= SURE_STRETCH else 1), LONGEST_AHEAD)
+        # Asked for again only when half of it was read: many small asks are no better.
+        return min(self._next + ahead, self.node.size) if self._asked < self._next + ahead // 2 else self._asked

@@ -14,17 +14,20 @@ from pathlib import Path
 from soci.errors import BusUnavailable, FailedPrecondition, SociError
 from soci_bus.nats import NatsBus, connect
 from soci_cache import LayerStore
-from soci_runtime.config import Config
+from soci_runtime.config import UNLIMITED, Config
 from soci_runtime.flights import Flights
 from soci_runtime.logs import log
 from soci_runtime.serve import Process, service_command, trouble
 from soci_snapshotter import userxattr
+from soci_snapshotter.away import Remembering
 from soci_snapshotter.cri import keychain
 from soci_snapshotter.directories import numbers
 from soci_snapshotter.grpc_door import claim_socket, listening, place_of
 from soci_snapshotter.history import History
 from soci_snapshotter.idmap import mapped_places
-from soci_snapshotter.images import Images
+from soci_snapshotter.images import AHEAD_AT_ONCE, Images
+from soci_snapshotter.in_use import InUse
+from soci_snapshotter.keeping import ContentKeeper
 from soci_snapshotter.layers import Layers
 from soci_snapshotter.mode import Rules
 from soci_snapshotter.mounts import Places, is_lazy
@@ -32,7 +35,7 @@ from soci_snapshotter.outbox import publish_log
 from soci_snapshotter.snapshots import Snapshots
 from soci_snapshotter.store import SnapshotStore
 from soci_snapshotter.whole import FOLDER as UNPACKING
-from soci_snapshotter.whole import WholeLayers
+from soci_snapshotter.whole import Keep, WholeLayers
 
 RESTORE_TRIES = 5
 RESTORE_WAIT = 2.0
@@ -100,6 +103,18 @@ def rules_of(config: Config) -> Rules:
     )
 
 
+def keep_of(config: Config) -> Keep | None:
+    """What becomes of blobs of whole layers: None where they are deleted once they are unpacked."""
+    if config.content_store != "containerd" or config.discard_unpacked_layers:
+        return None
+    return ContentKeeper(config.containerd_address).keep
+
+
+def ahead_of(config: Config) -> int:
+    """How many zTOCs are brought ahead of their layers at a time."""
+    return AHEAD_AT_ONCE if config.max_concurrency == UNLIMITED else min(config.max_concurrency, AHEAD_AT_ONCE)
+
+
 @asynccontextmanager
 async def _history(path: Path) -> AsyncIterator[History]:
     history = await asyncio.to_thread(History, path)
@@ -136,13 +151,18 @@ async def run(config: Config, process: Process) -> None:
                     folder / UNPACKING,
                     max_unpacks=config.max_unpacks,
                     max_unpacks_per_image=config.max_unpacks_per_image,
+                    keep=keep_of(config),
                 )
             )
             rules = rules_of(config)
             cache = LayerStore(config.cache)
-            images = Images(bus, flights, whole, history, cache, rules, timeout=config.mount_timeout)
-            layers = Layers(bus, places, images, whole, rules, mount_timeout=config.mount_timeout)
-            snapshots = Snapshots(store, layers, places, bus, thread)
+            asking = Remembering(bus, bus.up.is_set)
+            timeout, ahead = config.mount_timeout, ahead_of(config)
+            images = Images(asking, flights, whole, history, cache, rules, timeout=timeout, ahead_at_once=ahead)
+            layers = Layers(asking, places, images, whole, rules, mount_timeout=timeout)
+            in_use = InUse(folder / "metadata.db", bus, flights)
+            await in_use.serve()
+            snapshots = Snapshots(store, layers, places, bus, thread, freed=in_use.freed)
             proxy = None
             if config.cri_keychain:
                 proxy = await stack.enter_async_context(keychain(config.cri_image_service, bus))

@@ -19,14 +19,15 @@ from soci.errors import DeadlineExceeded, NoIndex, SociError
 from soci.launch import TraceParent
 from soci.reference import parse_reference
 from soci_bus.asks import Answer, Ask, FindIndex, ImageConfig, IndexFound, PrepareLayer, ReadImageConfig
-from soci_bus.face import Bus
 from soci_cache import LayerStore
 from soci_runtime.flights import Flights, join
 from soci_runtime.logs import log
+from soci_snapshotter.ahead import Ahead, place_of
+from soci_snapshotter.away import Asking
 from soci_snapshotter.estimate import Link, Need
 from soci_snapshotter.history import History
 from soci_snapshotter.labels import RemoteLabels
-from soci_snapshotter.mode import Defer, Facts, Lazy, Rules, Whole, choose
+from soci_snapshotter.mode import Defer, Facts, Lazy, Mode, Rules, Whole, choose
 from soci_snapshotter.whole import WantedLayer
 
 IMAGES_KEPT = 256
@@ -38,8 +39,6 @@ AHEAD_AT_ONCE = 8
 """zTOCs that are asked for ahead at a time."""
 ANSWER_GRACE = 1.0
 """Seconds beyond a call's end in which an answer is waited for: a late one mostly says why it is late."""
-AHEAD_LAYERS = 512
-"""Layers of an image that are looked at ahead."""
 
 T = TypeVar("T")
 
@@ -47,7 +46,15 @@ T = TypeVar("T")
 class WholeJobs(Protocol):
     """What is needed here of `soci_snapshotter.whole.WholeLayers`."""
 
-    def begin(self, image: str, manifest: Digest, wanted: Sequence[WantedLayer], trace: TraceParent | None) -> None:
+    def begin(
+        self,
+        image: str,
+        manifest: Digest,
+        wanted: Sequence[WantedLayer],
+        trace: TraceParent | None = None,
+        *,
+        namespace: str = "",
+    ) -> None:
         """Start to bring these layers, in this order."""
         ...
 
@@ -75,6 +82,13 @@ class Image:
             self.config.sizes[place] if self.config and place is not None and place < len(self.config.sizes) else None
         )
 
+    def diff_id(self, layer: Digest) -> Digest | None:
+        """The digest of the layer's uncompressed bytes, where the config was read."""
+        place = self.place(layer)
+        if self.config is None or place is None or place >= len(self.config.diff_ids):
+            return None
+        return self.config.diff_ids[place]
+
     def wanted(self, layer: Digest) -> WantedLayer | None:
         """The layer as a whole one; None where its diff_id is not known."""
         place = self.place(layer)
@@ -90,7 +104,7 @@ class _Known:
     until: float
     index: asyncio.Future[IndexFound] | None = None
     config: asyncio.Future[ImageConfig] | None = None
-    looked_ahead: set[Digest] = field(default_factory=set)
+    ahead: Ahead = field(default_factory=Ahead)
 
 
 class Images:
@@ -98,7 +112,7 @@ class Images:
 
     def __init__(  # noqa: PLR0913, PLR0917  its ways out
         self,
-        bus: Bus,
+        bus: Asking,
         flights: Flights,
         whole: WholeJobs,
         history: History,
@@ -106,6 +120,7 @@ class Images:
         rules: Rules,
         *,
         timeout: float,
+        ahead_at_once: int = AHEAD_AT_ONCE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bus = bus
@@ -116,11 +131,13 @@ class Images:
         self._rules = rules
         self._timeout = timeout
         self._clock = clock
-        self._known: OrderedDict[tuple[str, Digest, Digest | None], _Known] = OrderedDict()
-        self._ahead = asyncio.Semaphore(AHEAD_AT_ONCE)
+        self._known: OrderedDict[tuple[str, Digest, Digest | None, str], _Known] = OrderedDict()
+        self._ahead = asyncio.Semaphore(ahead_at_once)
 
-    async def facts(self, labels: RemoteLabels, trace: TraceParent, ends: float) -> tuple[Image, Facts]:
-        """What the decision about this layer needs; on the way, work on the layers above it is begun."""
+    async def facts(self, labels: RemoteLabels, trace: TraceParent, ends: float, *, below: int) -> tuple[Image, Facts]:
+        """What the decision about this layer, over ``below`` others, needs; on the way, work on the layers above it is
+        begun.
+        """
         known = self._of(labels)
         image = Image()
         # both under way before either is waited for; a failure is not kept here
@@ -143,9 +160,8 @@ class Images:
             except SociError as error:
                 image.no_config = str(error)
         facts = await asyncio.to_thread(self._facts, image, labels.layer, labels.size)
-        mode = choose(facts, self._rules)
-        if not isinstance(mode, Defer):  # else containerd brings all that follow
-            await self._look_ahead(known, image, labels, trace)
+        if not isinstance(choose(facts, self._rules), Defer):  # else containerd brings all that follow
+            await self._look_ahead(known, image, labels, facts, trace, below=below)
         return image, facts
 
     def saw_need(self, layers: Sequence[tuple[Digest, Digest]]) -> None:
@@ -158,14 +174,20 @@ class Images:
             if here and here.present:
                 self._history.saw_need(layer, Need(here.share, here.runs))
 
-    async def _look_ahead(self, known: _Known, image: Image, labels: RemoteLabels, trace: TraceParent) -> None:
-        """Begin with this layer and those above it, each once: they are called for next."""
-        place = image.place(labels.layer)
-        if image.config is None or place is None:
+    async def _look_ahead(  # noqa: PLR0913  what is known of the call
+        self, known: _Known, image: Image, labels: RemoteLabels, facts: Facts, trace: TraceParent, *, below: int
+    ) -> None:
+        """Begin with this layer, of which ``facts`` are known, and those above it: they are called for next."""
+        config = image.config
+        place = place_of(labels.layer, below, config.layers) if config else None
+        if config is None or place is None:
             return
-        layers = [one for one in image.config.layers[place:][:AHEAD_LAYERS] if one not in known.looked_ahead]
-        known.looked_ahead.update(layers)
-        modes = await asyncio.to_thread(lambda: [choose(self._facts(image, one), self._rules) for one in layers])
+        layers = [config.layers[one] for one in known.ahead.call(place, len(config.layers))]
+
+        def of(layer: Digest) -> Mode:
+            return choose(facts if layer == labels.layer else self._facts(image, layer), self._rules)
+
+        modes = await asyncio.to_thread(lambda: [of(layer) for layer in layers])
         whole: list[WantedLayer] = []
         for layer, mode in zip(layers, modes, strict=True):
             wanted = image.wanted(layer) if isinstance(mode, Whole) else None
@@ -173,10 +195,11 @@ class Images:
                 whole.append(wanted)
             elif isinstance(mode, Lazy) and layer != labels.layer:
                 size = image.size(layer)
-                ask = PrepareLayer(labels.image, layer, size, mode.ztoc.ztoc, mode.ztoc.ztoc_size)
+                ztoc, diff_id = mode.ztoc, image.diff_id(layer)
+                ask = PrepareLayer(labels.image, layer, size, ztoc.ztoc, ztoc.ztoc_size, diff_id)
                 self._flights.start(f"the zTOC of {layer}", self._prepare_ahead(ask, trace))
         if whole:
-            self._whole.begin(labels.image, labels.manifest, whole, trace)
+            self._whole.begin(labels.image, labels.manifest, whole, trace, namespace=labels.namespace)
 
     async def _prepare_ahead(self, ask: PrepareLayer, trace: TraceParent) -> None:
         try:
@@ -195,7 +218,8 @@ class Images:
             index=image.index,
             no_index=image.no_index,
             size=size if known is None else known,
-            here=here.share if here else 0.0,
+            here=here.share_here if here else 0.0,
+            table=indexed.ztoc_size if indexed and not here else 0,
             link=image.link,
             need=self._history.need(layer) if indexed else None,
         )
@@ -214,7 +238,7 @@ class Images:
         return self._flights.start(f"the {ask.verb} ask", self._bus.ask(ask, timeout=self._timeout, trace=trace))
 
     def _of(self, labels: RemoteLabels) -> _Known:
-        key = (labels.image, labels.manifest, labels.explicit_index)
+        key = (labels.image, labels.manifest, labels.explicit_index, labels.namespace)
         known = self._known.get(key)
         now = self._clock()
         if known is None or known.until <= now:

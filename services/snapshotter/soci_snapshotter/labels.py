@@ -46,6 +46,7 @@ class RemoteLabels:
     layer: Digest
     size: int | None
     explicit_index: Digest | None
+    namespace: str = ""
 
 
 def read_remote_labels(labels: Mapping[str, str]) -> RemoteLabels:
@@ -69,6 +70,7 @@ def read_remote_labels(labels: Mapping[str, str]) -> RemoteLabels:
         layer=parse_digest(found["layer"]),
         size=int(size) if size is not None else None,
         explicit_index=parse_digest(explicit) if explicit else None,
+        namespace=labels.get(NAMESPACE, ""),
     )
 
 

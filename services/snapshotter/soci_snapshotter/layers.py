@@ -13,9 +13,9 @@ from soci.digest import Digest, parse_digest
 from soci.errors import DeadlineExceeded, FailedPrecondition, InvalidInput, NotFound, SociError, Unavailable
 from soci.launch import TraceParent
 from soci_bus.asks import CheckMounts, MountLayer, PrepareLayer, UnmountLayer
-from soci_bus.face import Bus
 from soci_runtime.tracing import step
 from soci_snapshotter import userxattr
+from soci_snapshotter.away import Asking
 from soci_snapshotter.directories import mark_shown, remake_upper
 from soci_snapshotter.images import Image, Images
 from soci_snapshotter.labels import ZTOC, ZTOC_SIZE, RemoteLabels, read_remote_labels
@@ -31,18 +31,19 @@ UNMOUNT_TIMEOUT = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """How the layer came: the mode that worked; for `Defer` nothing was done."""
+    """How the layer came: the mode that worked; for `Defer` nothing was done. ``failed`` says what was tried before."""
 
     mode: Mode
     size: int = 0  # bytes and inodes that a whole layer takes
     inodes: int = 0
+    failed: str = ""
 
 
 class Layers:
     """Brings layers for snapshots. Holds nothing but its ways out."""
 
     def __init__(  # noqa: PLR0913  its ways out
-        self, bus: Bus, places: Places, images: Images, whole: WholeLayers, rules: Rules, *, mount_timeout: float
+        self, bus: Asking, places: Places, images: Images, whole: WholeLayers, rules: Rules, *, mount_timeout: float
     ) -> None:
         self._bus = bus
         self._places = places
@@ -55,9 +56,9 @@ class Layers:
         """When a layer that Prepare was called for now is to be shown, at the latest (loop time)."""
         return asyncio.get_running_loop().time() + self._timeout
 
-    async def facts(self, labels: RemoteLabels, trace: TraceParent, ends: float) -> tuple[Image, Facts]:
+    async def facts(self, labels: RemoteLabels, trace: TraceParent, ends: float, *, below: int) -> tuple[Image, Facts]:
         """What is known of the image and of the layer; see `soci_snapshotter.images`."""
-        return await self._images.facts(labels, trace, ends)
+        return await self._images.facts(labels, trace, ends, below=below)
 
     def saw_need(self, lazy: Sequence[Snapshot]) -> None:
         """Remember what launches needed of these layers so far; returns at once."""
@@ -87,12 +88,13 @@ class Layers:
             try:
                 match mode:
                     case Lazy():
-                        await self._show(snapshot, parents, labels, mode, trace, ends=ends)
+                        await self._show(snapshot, parents, labels, mode, image.diff_id(labels.layer), trace, ends=ends)
                         return Brought(mode)
                     case Whole():
-                        return await self._unpack(snapshot, parents, labels, image, mode, trace)
+                        brought = await self._unpack(snapshot, parents, labels, image, mode, trace)
+                        return replace(brought, failed=facts.lazy_failed)
                     case _:
-                        return Brought(mode)
+                        return Brought(mode, failed=facts.lazy_failed or facts.whole_failed)
             except SociError as error:
                 if isinstance(mode, Lazy):
                     facts = replace(facts, lazy_failed=str(error))
@@ -101,18 +103,20 @@ class Layers:
                     await asyncio.to_thread(remake_upper, self._places.upper(snapshot.id))
                     facts = replace(facts, whole_failed=str(error))
 
-    async def _show(  # noqa: PLR0913
+    async def _show(  # noqa: PLR0913, PLR0917
         self,
         snapshot: Snapshot,
         parents: Sequence[Snapshot],
         labels: RemoteLabels,
         mode: Lazy,
+        diff_id: Digest | None,
         trace: TraceParent,
         *,
         ends: float,
     ) -> None:
         with step("mount", trace, layer=labels.layer) as here:
-            prepare = PrepareLayer(labels.image, labels.layer, labels.size, mode.ztoc.ztoc, mode.ztoc.ztoc_size)
+            ztoc = mode.ztoc
+            prepare = PrepareLayer(labels.image, labels.layer, labels.size, ztoc.ztoc, ztoc.ztoc_size, diff_id)
             await self._bus.ask(prepare, timeout=_left(ends), trace=here)
             await self._mount(snapshot, parents, labels, mode.ztoc.ztoc, here, ends=ends)
 
@@ -149,7 +153,7 @@ class Layers:
             wanted = image.wanted(labels.layer)
             if wanted is None:
                 raise NotFound(image.no_config or f"{labels.manifest} does not say what {labels.layer} unpacks to")
-            self._whole.begin(labels.image, labels.manifest, [wanted], here)
+            self._whole.begin(labels.image, labels.manifest, [wanted], here, namespace=labels.namespace)
             lower = [self._places.contents(parent) for parent in parents]
             upper = self._places.upper(snapshot.id)
             size, inodes = await self._whole.claim(labels.manifest, labels.layer, upper, lower)

@@ -36,7 +36,8 @@ class Facts:
     """What is known of the layer at the time of asking. Text fields hold the reason of a failure, or nothing.
 
     ``size`` are the blob's bytes, ``here`` is the share of them that the cache has, 0 to 1; ``link`` and ``need`` are
-    what was seen of the registry and of earlier launches, if anything was.
+    what was seen of the registry and of earlier launches, if anything was. ``table`` are the bytes of its zTOC, where
+    that is still to come.
     """
 
     layer: Digest | None  # None: the labels do not name it
@@ -45,6 +46,7 @@ class Facts:
     no_index: str = ""
     size: int | None = None
     here: float = 0.0
+    table: int = 0
     link: Link | None = None
     need: Need | None = None
     lazy_failed: str = ""
@@ -104,7 +106,7 @@ def _by_index(facts: Facts, index: IndexFound, rules: Rules) -> Mode:
         size = "" if facts.size is None else f" (of {facts.size} bytes)"
         return Whole(f"index {index.index} has no zTOC for it{size}")
     if rules.no_regret and facts.size is not None and facts.here < 1.0:  # what is here is not fetched again
-        seconds = costs(facts.size, facts.link, facts.need, here=facts.here)
+        seconds = costs(facts.size, facts.link, facts.need, here=facts.here, table=facts.table)
         if seconds.whole < seconds.lazy:
             return Whole(
                 f"{facts.size} bytes are sooner here whole (about {seconds.whole:.2f} s) than lazily "

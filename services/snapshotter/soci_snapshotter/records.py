@@ -22,9 +22,11 @@ from typing import Any
 import click
 
 from soci.errors import NotFound, SociError
+from soci_runtime.config import Config
 from soci_snapshotter.labels import HAS_INDEX, REMOTE
 from soci_snapshotter.state import Change, Snapshot
 from soci_snapshotter.store import Row, SnapshotStore
+from soci_snapshotter.usage import lazy_usage
 
 DATABASE = "snapshotter/metadata.db"
 """Below the service's root."""
@@ -41,10 +43,13 @@ def mode_of(snapshot: Snapshot) -> str:
     return "whole" if HAS_INDEX in snapshot.labels else "local"
 
 
-def listed(store: SnapshotStore) -> Iterator[dict[str, Any]]:
-    """Every snapshot, the oldest first."""
+def listed(store: SnapshotStore, cache: Path) -> Iterator[dict[str, Any]]:
+    """Every snapshot, the oldest first; of a lazy one the size is what the span cache holds of it now."""
     for snapshot in store.all():
-        yield {**asdict(snapshot), "mode": mode_of(snapshot)}
+        line = {**asdict(snapshot), "mode": mode_of(snapshot)}
+        if line["mode"] == "lazy":
+            line["size"], line["inodes"] = lazy_usage(cache, snapshot.labels)
+        yield line
 
 
 def logged(store: SnapshotStore, name: str, last: int | None) -> Iterable[dict[str, Any]]:
@@ -85,33 +90,34 @@ def _columns(row: Row | None) -> dict[str, Any] | None:
 @click.pass_context
 def main(context: click.Context, root: Path) -> None:
     """Print what the database of a node's snapshots holds, a JSON value a line."""
-    context.obj = root / DATABASE
+    context.obj = root
 
 
 @main.command("ls")
 @click.pass_obj
-def ls_command(path: Path) -> None:
+def ls_command(root: Path) -> None:
     """Print the snapshots."""
-    _print(path, listed)
+    _print(root, lambda store: listed(store, Config(root=root).cache))
 
 
 @main.command("log")
 @click.option("--name", default="", help="only of snapshots that have or had this name or key")
 @click.option("--last", type=click.IntRange(1), help="only the last so many events")
 @click.pass_obj
-def log_command(path: Path, name: str, last: int | None) -> None:
+def log_command(root: Path, name: str, last: int | None) -> None:
     """Print what happened."""
-    _print(path, lambda store: logged(store, name, last))
+    _print(root, lambda store: logged(store, name, last))
 
 
 @main.command("rebuild")
 @click.pass_obj
-def rebuild_command(path: Path) -> None:
+def rebuild_command(root: Path) -> None:
     """Fold the log anew into the table."""
-    _print(path, rebuilt, read_only=False)
+    _print(root, rebuilt, read_only=False)
 
 
-def _print(path: Path, lines: Callable[[SnapshotStore], Iterable[dict[str, Any]]], *, read_only: bool = True) -> None:
+def _print(root: Path, lines: Callable[[SnapshotStore], Iterable[dict[str, Any]]], *, read_only: bool = True) -> None:
+    path = root / DATABASE
     try:
         if not path.exists():
             raise NotFound(f"there are no snapshots: {path} is not there")

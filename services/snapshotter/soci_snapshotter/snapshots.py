@@ -25,7 +25,7 @@ from soci_bus.face import Bus
 from soci_runtime.logs import log
 from soci_runtime.tracing import step
 from soci_snapshotter import labels as names
-from soci_snapshotter import userxattr
+from soci_snapshotter import said, userxattr
 from soci_snapshotter.directories import make_directories, numbers, owner_of, was_shown
 from soci_snapshotter.filters import parse_filters
 from soci_snapshotter.idmap import FIXED, UIDS, MappedLayers, active_usage, is_remapped, mapped_places, owners_of
@@ -35,6 +35,7 @@ from soci_snapshotter.launches import Launches
 from soci_snapshotter.layers import Brought, Layers
 from soci_snapshotter.mode import Defer, Lazy
 from soci_snapshotter.mounts import OVERLAY_LAYERS, Mount, Places, is_lazy, mounts_of
+from soci_snapshotter.said import Said
 from soci_snapshotter.state import Kind, Snapshot
 from soci_snapshotter.store import SnapshotStore
 from soci_snapshotter.usage import disk_usage, few_usage, lazy_usage
@@ -46,13 +47,6 @@ TRIMS = 50
 OWNER_TIMEOUT = 5.0
 """Seconds in which a layer must say whom its root directory belongs to; a mount may hang."""
 
-# what operators of the reference grep their logs for
-_SAID = {
-    "lazy": {"remote-snapshot-prepared": "true"},
-    "whole": {"remote-snapshot-prepared": "false", "local-snapshot-prepared": "true"},
-    "defer": {"remote-snapshot-prepared": "false", "defer-snapshot-runtime": "true"},
-}
-
 Result = TypeVar("Result")
 Made = tuple[Snapshot, Sequence[Snapshot]]
 """A new snapshot, and what it lies on, nearest first."""
@@ -61,10 +55,19 @@ Made = tuple[Snapshot, Sequence[Snapshot]]
 class Snapshots:
     """This node's snapshots."""
 
-    def __init__(
-        self, store: SnapshotStore, layers: Layers, places: Places, bus: Bus, thread: ThreadPoolExecutor
+    def __init__(  # noqa: PLR0913  its ways out
+        self,
+        store: SnapshotStore,
+        layers: Layers,
+        places: Places,
+        bus: Bus,
+        thread: ThreadPoolExecutor,
+        *,
+        freed: Callable[[], None] = lambda: None,
     ) -> None:
+        """``freed`` is told, and returns at once, when layers that were shown are no more."""
         self._store = store
+        self._freed = freed
         self._layers = layers
         self._places = places
         self._bus = bus
@@ -83,18 +86,28 @@ class Snapshots:
         """A new active snapshot; with `labels.REF` the layer is brought first, and then `AlreadyExists` is raised."""
         target = labels.get(names.REF)
         labels = names.without_ours(labels)
-        if target:
-            found = namespace_of(key, namespace)
-            if not found:
-                raise FailedPrecondition(f"a namespace is required to bring layers, and {key[:200]!r} does not say it")
-            labels = {**labels, names.NAMESPACE: found}
-            await self._raise_if_here(target, parent)
-        made, parents = await self._make(key, parent, "active", labels)
-        async with self._forgotten_unless_done(made):
-            if not target:
+        if not target:
+            made, parents = await self._make(key, parent, "active", labels)
+            async with self._forgotten_unless_done(made):
                 mounts = await self._mounts(made, parents)
                 await self._container(made, parents, namespace_of(key, namespace))
                 return mounts
+        try:
+            return await self._prepare_layer(target, key, parent, labels, namespace_of(key, namespace))
+        except AlreadyExists:
+            raise
+        except SociError as error:
+            log.warning("no layer was prepared", key=key, parent=parent, error=error, **said.FAILED)
+            raise
+
+    async def _prepare_layer(
+        self, target: str, key: str, parent: str, labels: Mapping[str, str], namespace: str
+    ) -> tuple[Mount, ...]:
+        if not namespace:
+            raise FailedPrecondition(f"a namespace is required to bring layers, and {key[:200]!r} does not say it")
+        await self._raise_if_here(target, parent)
+        made, parents = await self._make(key, parent, "active", {**labels, names.NAMESPACE: namespace})
+        async with self._forgotten_unless_done(made):
             brought = await self._bring(made, parents)
             if isinstance(brought.mode, Defer):
                 return await self._mounts(made, parents)
@@ -177,7 +190,7 @@ class Snapshots:
             on_disk = await asyncio.to_thread(numbers, self._places.snapshots)
             mapped = await asyncio.to_thread(mapped_places, self._places.snapshots)
             gone = sorted(await self._db(self._store.reserve, on_disk | mapped.keys()))
-            mounter_away = False
+            mounter_away = hidden = False
             for name in [*(name for number in gone for name in mapped.get(number, ())), *map(str, gone)]:
                 place = self._places.snapshots / name
                 try:
@@ -185,10 +198,13 @@ class Snapshots:
                         if mounter_away:
                             continue
                         await self._layers.hide(name)
+                        hidden = True
                     await asyncio.to_thread(remove_place, place)
                 except (SociError, OSError) as error:
                     mounter_away = mounter_away or isinstance(error, Unavailable)
                     log.warning("a removed snapshot is not freed yet", snapshot=name, error=error)
+            if hidden:
+                self._freed()
             for _ in range(TRIMS):
                 if not await self._db(self._store.trim):
                     break
@@ -263,21 +279,24 @@ class Snapshots:
         try:
             wanted = read_remote_labels(made.labels)
         except InvalidInput as error:
-            log.info("layer", key=made.name, mode="defer", why=str(error), **_SAID["defer"])
-            return Brought(Defer(str(error)))
+            mode = Defer(str(error))
+            log.info("layer", key=made.name, parent=made.parent, **said.of_layer(mode))
+            return Brought(mode)
         trace, first = self._launch(wanted, made.labels, by="pull")
         with step("prepare", trace, layer=wanted.layer, image=wanted.image) as here:
             ends = self._layers.deadline()
-            image, facts = await self._layers.facts(wanted, here, ends)
+            image, facts = await self._layers.facts(wanted, here, ends, below=len(parents))
             if first:
                 chosen, found_by = (image.index.index, image.index.found_by) if image.index else (None, "")
                 self._bus.publish(IndexChosen(trace.launch, chosen, found_by, image.no_index))
+                _say(said.of_index(wanted.image, wanted.manifest, image.index, image.no_index))
+            _say(said.of_sparse(wanted.image, facts))
             brought = await self._layers.bring(made, parents, wanted, (image, facts), here, ends=ends)
-        mode = brought.mode
         seconds = time.monotonic() - begun
-        self._bus.publish(ModeChosen(trace.launch, wanted.layer, mode.name, mode.why, facts.size, seconds))
+        name, why = brought.mode.name, brought.mode.why
+        self._bus.publish(ModeChosen(trace.launch, wanted.layer, name, why, facts.size, seconds))
         about = {"key": made.name, "parent": made.parent, "launch": trace.launch, "layer": wanted.layer}
-        log.info("layer", **about, mode=mode.name, why=mode.why, seconds=round(seconds, 4), **_SAID[mode.name])
+        log.info("layer", **about, seconds=round(seconds, 4), **said.of_layer(brought.mode, brought.failed))
         return brought
 
     async def _raise_if_here(self, target: str, parent: str) -> None:
@@ -343,6 +362,11 @@ class Snapshots:
             self._launches.begin(namespace, wanted.manifest, trace, now)
         self._bus.publish(LaunchStarted(trace.launch, wanted.image, wanted.manifest, namespace, by))
         return trace, True
+
+
+def _say(line: Said | None) -> None:
+    if line:
+        getattr(log, line.level)(line.message, **line.facts)
 
 
 def namespace_of(key: str, header: str) -> str:

@@ -28,8 +28,8 @@ IDLE_SECONDS: Final = 60.0
 class Unpackers(Pool["_Place"]):
     """An async context manager; at most ``workers`` layers are unpacked at once, the others wait.
 
-    ``workers`` negative or 0 means one a core; with 1, a thread of this process unpacks. Processes begin when they are
-    first needed, and end after `IDLE_SECONDS` without work (`tend`) or with the block.
+    ``workers`` negative or 0 means one a core, `MAX_WORKERS` at most; with 1, a thread of this process unpacks.
+    Processes begin when they are first needed, and end after `IDLE_SECONDS` without work (`tend`) or with the block.
     """
 
     def __init__(self, workers: int = -1) -> None:
