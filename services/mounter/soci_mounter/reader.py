@@ -12,7 +12,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from soci.digest import Digest
 from soci.errors import Mismatch, SociError, Unavailable
@@ -44,9 +44,10 @@ LAST_CHANCE = 2.0
 """The kernel answers a failed read-ahead by asking once more for the page that its reader waits for. A read that comes
 within `REPEAT` seconds of one that failed at the same place therefore gets `LAST_CHANCE` seconds and not the whole
 deadline again: time enough to see that the cause is gone."""
+FOLLOWS = 0.005
 NO_CHANCE = 0.002
-"""Where the last chance has failed too, EROFS asks for the other pages of the range, one by one. Within `REPEAT`
-seconds each gets so many, for one reader waits for them all."""
+"""EROFS asks page by page for what it reads ahead, and one reader waits for all of them. A read that comes within
+`FOLLOWS` seconds of a last chance that failed, there or right behind it, is such a page: it gets `NO_CHANCE`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,24 +185,24 @@ class Failed:
     twice: bool = False
 
     def meets(self, offset: int, length: int, now: float) -> bool:
-        """Whether a read now is a repetition of it."""
-        return now - self.at <= REPEAT and offset < self.end and self.start < offset + length
+        """Whether a read that begins now is a repetition of it, or goes on right where it ended."""
+        return now - self.at <= REPEAT and offset <= self.end and self.start < offset + length
 
-    def again(self, offset: int, length: int, now: float) -> Failed:
-        """What is known after a read that was begun at ``now`` has failed, too."""
-        if not self.meets(offset, length, now):
-            return Failed(offset, offset + length, now)
-        return self if self.twice else Failed(self.start, self.end, now, twice=True)
+    def again(self, offset: int, length: int, begun: float, ended: float) -> Failed:
+        """What is known after one more read has failed."""
+        if not self.meets(offset, length, begun):
+            return Failed(offset, offset + length, ended)
+        return Failed(min(self.start, offset), max(self.end, offset + length), ended, twice=True)
 
 
-NEVER = Failed(0, 0, 0.0)
+NEVER = Failed(0, 0, -REPEAT - 1.0)
 
 
 def patience(failed: Failed, offset: int, length: int, now: float, whole: float) -> float:
     """Seconds that a read may take, of the ``whole`` deadline."""
     if not failed.meets(offset, length, now):
         return whole
-    return min(NO_CHANCE if failed.twice else LAST_CHANCE, whole)
+    return min(NO_CHANCE if failed.twice and now - failed.at <= FOLLOWS else LAST_CHANCE, whole)
 
 
 class FileHandle:
@@ -238,8 +239,7 @@ class FileHandle:
         except OSError as error:
             raise SociError(f"the span cache cannot be read: {error}") from error
         except SociError as error:
-            again = self._failed.again(offset, length, now)
-            self._failed = again if again is self._failed else replace(again, at=asyncio.get_running_loop().time())
+            self._failed = self._failed.again(offset, length, now, asyncio.get_running_loop().time())
             content.seams.trouble(f"reading {os.fsdecode(self.node.first_name)} of mount {self.mount} failed", error)
             raise
 
