@@ -191,41 +191,37 @@ async def test_headers_are_looked_at_once_a_file(made: Made, tmp_path: Path, mon
         assert len(checked) == 1
 
 
-ONCE = Failed(0, 8, 100.0)
-TWICE = replace(ONCE, twice=True)
+FAILED = Failed(0, 8, 100.0)
 
 
 @pytest.mark.parametrize(
     ("failed", "offset", "now", "seconds"),
     [
         (NEVER, 0, 0.0, 30.0),
-        (ONCE, 0, 100.5, module.LAST_CHANCE),
-        (ONCE, 7, 100.001, module.LAST_CHANCE),
-        (ONCE, 8, 100.5, module.LAST_CHANCE),
-        (ONCE, 9, 100.5, 30.0),
-        (ONCE, 0, 101.5, 30.0),
-        (TWICE, 4, 100.001, module.NO_CHANCE),
-        (TWICE, 8, 100.001, module.NO_CHANCE),
-        (TWICE, 9, 100.001, 30.0),
-        (TWICE, 4, 100.5, module.LAST_CHANCE),
-        (TWICE, 4, 101.5, 30.0),
+        (FAILED, 0, 100.001, module.LAST_CHANCE),
+        (FAILED, 7, 100.5, module.LAST_CHANCE),
+        (FAILED, 8, 100.001, module.NO_CHANCE),
+        (FAILED, 8, 100.5, module.LAST_CHANCE),
+        (FAILED, 9, 100.001, 30.0),
+        (FAILED, 0, 101.5, 30.0),
+        (FAILED, 8, 101.5, 30.0),
     ],
 )
 def test_the_kernel_asking_again_does_not_double_the_deadline(
     failed: Failed, offset: int, now: float, seconds: float
 ) -> None:
-    """Once more for a range that failed is short, and the pages that follow at once are shorter; who comes later has
-    time again."""
+    """Once more for a range that failed is short, and the pages that follow it at once are shorter; who comes later
+    has time again."""
     assert patience(failed, offset, 1, now, 30.0) == seconds
 
 
-def test_what_is_known_of_a_failed_read() -> None:
+def test_what_is_known_of_failed_reads() -> None:
     """Repetitions and what follows widen the range; another place, or a second later, begins anew."""
-    assert NEVER.again(0, 8, 90.0, 100.0) == ONCE
-    assert ONCE.again(0, 1, 100.5, 102.5) == Failed(0, 8, 102.5, twice=True)
-    assert TWICE.again(8, 1, 100.1, 100.2) == Failed(0, 9, 100.2, twice=True)
-    assert TWICE.again(9, 1, 100.1, 100.2) == Failed(9, 10, 100.2)
-    assert TWICE.again(3, 1, 101.1, 101.2) == Failed(3, 4, 101.2)
+    assert NEVER.again(0, 8, 90.0, 100.0) == FAILED
+    assert FAILED.again(0, 1, 100.5, 102.5) == Failed(0, 8, 102.5)
+    assert FAILED.again(8, 1, 100.1, 100.2) == Failed(0, 9, 100.2)
+    assert FAILED.again(9, 1, 100.1, 100.2) == Failed(9, 10, 100.2)
+    assert FAILED.again(3, 1, 101.1, 101.2) == Failed(3, 4, 101.2)
 
 
 async def test_a_read_after_a_failed_one_succeeds_once_the_cause_is_gone(made: Made, tmp_path: Path) -> None:
@@ -237,7 +233,6 @@ async def test_a_read_after_a_failed_one_succeeds_once_the_cause_is_gone(made: M
             with pytest.raises(SociError):
                 await file.read(0, 5)
         rig.fail = None
-        await asyncio.sleep(module.FOLLOWS * 2)
         assert await file.read(0, 5) == b"small"
 
 

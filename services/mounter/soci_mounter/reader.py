@@ -47,7 +47,7 @@ deadline again: time enough to see that the cause is gone."""
 FOLLOWS = 0.005
 NO_CHANCE = 0.002
 """EROFS asks page by page for what it reads ahead, and one reader waits for all of them. A read that comes within
-`FOLLOWS` seconds of a last chance that failed, there or right behind it, is such a page: it gets `NO_CHANCE`."""
+`FOLLOWS` seconds of one that failed, right behind it, is such a page: it gets `NO_CHANCE`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,22 +177,21 @@ class LayerContent:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A read that failed: its range in the file, when (the loop's clock), and whether its last chance has, too."""
+    """Reads that failed: their range in the file, and when the last of them did (the loop's clock)."""
 
     start: int
     end: int
     at: float
-    twice: bool = False
 
     def meets(self, offset: int, length: int, now: float) -> bool:
-        """Whether a read that begins now is a repetition of it, or goes on right where it ended."""
+        """Whether a read that begins now is a repetition of one, or goes on right where they ended."""
         return now - self.at <= REPEAT and offset <= self.end and self.start < offset + length
 
     def again(self, offset: int, length: int, begun: float, ended: float) -> Failed:
         """What is known after one more read has failed."""
         if not self.meets(offset, length, begun):
             return Failed(offset, offset + length, ended)
-        return Failed(min(self.start, offset), max(self.end, offset + length), ended, twice=True)
+        return Failed(min(self.start, offset), max(self.end, offset + length), ended)
 
 
 NEVER = Failed(0, 0, -REPEAT - 1.0)
@@ -202,7 +201,7 @@ def patience(failed: Failed, offset: int, length: int, now: float, whole: float)
     """Seconds that a read may take, of the ``whole`` deadline."""
     if not failed.meets(offset, length, now):
         return whole
-    return min(NO_CHANCE if failed.twice and now - failed.at <= FOLLOWS else LAST_CHANCE, whole)
+    return min(NO_CHANCE if offset == failed.end and now - failed.at <= FOLLOWS else LAST_CHANCE, whole)
 
 
 class FileHandle:
