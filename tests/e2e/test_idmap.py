@@ -61,7 +61,8 @@ def owned_image(folder: Path) -> image.Image:
         member("owned/nobodys", content=b"nobody's\n", uid=3_000_000, gid=3_000_000),
         member("owned/link", _SYM, linkname="of-app", mode=0o777, uid=1000, gid=1000),
     ]
-    layers = [image.add_layer(folder, iter(one)) for one in ([*_busybox()], data, owned)]
+    base = [member("seed", content=str(seed).encode()), *_busybox()]  # no other test has pulled it
+    layers = [image.add_layer(folder, iter(one)) for one in (base, data, owned)]
     return image.write_image(folder, layers, cmd=["/bin/sh", "/hello"])
 
 
