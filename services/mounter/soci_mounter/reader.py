@@ -40,10 +40,10 @@ AHEAD_ASK = 16 << 20
 EVICTION_TRIES = 8
 """Times that one read looks again after its spans were evicted under its hands."""
 REPEAT = 1.0
-LAST_CHANCE = 2.0
+LAST_CHANCE = 3.0
 """The kernel answers a failed read-ahead by asking once more for the page that its reader waits for. A read that comes
 within `REPEAT` seconds of one that failed at the same place therefore gets `LAST_CHANCE` seconds and not the whole
-deadline again: time enough to see that the cause is gone."""
+deadline again: longer than a flight pauses between tries (`soci_mounter.flights`): to see that the cause is gone."""
 FOLLOWS = 0.005
 NO_CHANCE = 0.002
 """EROFS asks page by page for what it reads ahead, and one reader waits for all of them. A read that comes within
