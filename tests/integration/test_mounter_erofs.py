@@ -14,19 +14,11 @@ from pathlib import Path
 import pytest
 
 from soci_mounter import holder, kernel
-from soci_mounter.native import Machine, choose
-from support.mounter_bench import Bench, described
+from support.mounter_bench import NEEDS_EROFS, Bench, described
 from support.mounter_layers import Made, everything, item, make, noise
 from support.mounter_process import Holder
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.skipif(
-        choose(Machine("auto", tuple(map(int, os.uname().release.split(".")[:2])),  # type: ignore[arg-type]
-                       kernel.has_file_system("erofs"), held=True))[0] != "erofs",
-        reason="needs a kernel that mounts EROFS from files",
-    ),
-]  # fmt: skip
+pytestmark = [pytest.mark.root, NEEDS_EROFS]
 
 
 @pytest.fixture(scope="module")

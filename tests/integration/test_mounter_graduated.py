@@ -16,19 +16,11 @@ from soci_cache import LayerStore
 from soci_cache.proof import COMPLETE, read_whole
 from soci_cache.tidy import Wish, tidy
 from soci_mounter import graduate, kernel
-from soci_mounter.native import Machine, choose
-from support.mounter_bench import Bench, described
+from support.mounter_bench import NEEDS_EROFS, Bench, described
 from support.mounter_layers import Made, everything, make, noise
 from support.mounter_process import Holder
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.skipif(
-        choose(Machine("auto", tuple(map(int, os.uname().release.split(".")[:2])),  # type: ignore[arg-type]
-                       kernel.has_file_system("erofs"), held=True))[0] != "erofs",
-        reason="needs a kernel that mounts EROFS from files",
-    ),
-]  # fmt: skip
+pytestmark = [pytest.mark.root, NEEDS_EROFS]
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 

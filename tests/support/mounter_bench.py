@@ -10,13 +10,21 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from soci.digest import hex_of
 from soci_cache import LayerStore
 from soci_mounter import kernel
+from soci_mounter.native import Machine, choose
 from support.mounter_layers import Made
 from support.mounter_process import Holder, Server
 
 WAYS_TO_SHOW = ["fuse", "erofs"]
+NEEDS_EROFS = pytest.mark.skipif(
+    choose(Machine("auto", tuple(map(int, os.uname().release.split(".")[:2])),  # type: ignore[arg-type]
+                   kernel.has_file_system("erofs"), held=True))[0] != "erofs",
+    reason="needs a kernel that mounts EROFS from files",
+)  # fmt: skip
 
 
 class Bench:

@@ -101,11 +101,32 @@ def take_span(tar: int, span: int) -> bool:
 
 def _take(descriptor: int, kind: int, span: int) -> bool:
     try:
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _LOCK.pack(kind, os.SEEK_SET, span, 1, 0))
-    except OSError as error:
-        if error.errno in _HELD:
-            return False
+        return lock_byte(descriptor, kind, span)
+    except OSError:
         if kind == fcntl.F_WRLCK:
             raise
         return True  # nobody can take spans away there, so there is nothing to keep them from
+
+
+def lock_byte(descriptor: int, kind: int, at: int) -> bool:
+    """Lock byte ``at`` for the open file description (``kind`` is fcntl(2)'s); False where another has it.
+
+    Raises OSError where the file system knows no such locks.
+    """
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, byte_lock(kind, at))
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        raise
     return True
+
+
+def byte_lock(kind: int, at: int) -> bytes:
+    """What fcntl(2) takes for a lock of one byte."""
+    return _LOCK.pack(kind, os.SEEK_SET, at, 1, 0)
+
+
+def is_locked(found: bytes) -> bool:
+    """Whether F_OFD_GETLK has found a lock in the way."""
+    return bool(_LOCK.unpack(found)[0] != fcntl.F_UNLCK)

@@ -8,19 +8,14 @@ its digest alone, and two processes may fill it at the same time.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
-import struct
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 from soci.errors import Unavailable
+from soci_cache.locks import byte_lock, is_locked, lock_byte
 from soci_cache.presence import HEADER
-
-_LOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid (0, as OFD locks have it)
-_HELD: Final = frozenset({errno.EAGAIN, errno.EACCES})
 
 
 class Locks:
@@ -44,24 +39,23 @@ class Locks:
         Where the file system knows no such locks, it is ours: a span fetched twice is better than none.
         """
         try:
-            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK if shared else fcntl.F_WRLCK, byte))
-        except OSError as error:
-            return error.errno not in _HELD
-        return True
+            return lock_byte(self._file, fcntl.F_RDLCK if shared else fcntl.F_WRLCK, byte)
+        except OSError:
+            return True
 
     def free(self, byte: int) -> None:
         """Let go of it; after `close` it is free already."""
         if self._file >= 0:
             with suppress(OSError):
-                fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _lock(fcntl.F_UNLCK, byte))
+                fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, byte_lock(fcntl.F_UNLCK, byte))
 
     def held_elsewhere(self, byte: int) -> bool:
         """Whether another has the byte, in whatever way; nothing is locked."""
         try:
-            found = fcntl.fcntl(self._file, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, byte))
+            found = fcntl.fcntl(self._file, fcntl.F_OFD_GETLK, byte_lock(fcntl.F_WRLCK, byte))
         except OSError:
             return False
-        return bool(_LOCK.unpack(found)[0] != fcntl.F_UNLCK)
+        return is_locked(found)
 
     def close(self) -> None:
         """Let go of all; closing twice is fine."""
@@ -88,7 +82,3 @@ class Claims:
     def close(self) -> None:
         """Let go of all."""
         self._locks.close()
-
-
-def _lock(kind: int, byte: int) -> bytes:
-    return _LOCK.pack(kind, os.SEEK_SET, byte, 1, 0)

@@ -174,8 +174,9 @@ def alone(folder: Path) -> Iterator[None]:
 async def run(config: Config, process: Process) -> None:
     """The service: show what was shown, serve until told to stop, detach the mount.
 
-    Whatever the signal: the kernel aborts a connection whose server ends, so a mount that stays is a dead one. The
-    records stay, and the successor shows the same layers at the same paths.
+    Whatever the signal: the kernel aborts a connection whose server ends and that nobody holds, so a FUSE mount that
+    stays is a dead one; mounts by EROFS stay. The records do too, and the successor shows the same layers at the same
+    paths.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     with alone(config.root / "mounter"):
